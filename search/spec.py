@@ -1,0 +1,125 @@
+"""The job spec: what a user submits. Service and workers read the same models; unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Kept = Annotated[float, Field(gt=0, le=1, description="Kept parameters of the targets / their original parameters.")]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSource(_Part):
+    """The model to compress."""
+
+    source: str = Field(min_length=1, max_length=4096, description="Hub id or local folder.", examples=["Qwen/Qwen3-0.6B"])
+    revision: str | None = Field(None, description="Hub revision.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored.")
+    trust_remote_code: bool = Field(False, description="Needs the server's consent as well.")
+
+
+class Dataset(_Part):
+    """What `datasets.load_dataset` takes, plus the text column and, for a test set, how many blocks to read."""
+
+    path: str = Field(min_length=1, max_length=4096, description="Hub id or builder name such as `text`, `json`.")
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+    data_files: str | list[str] | None = Field(None, description="Local files, under an allowed folder.")
+
+
+class TestSet(Dataset):
+    """A test set; read once, at the end."""
+
+    __test__ = False
+    sequences: Positive | None = Field(512, description="First blocks to read; null reads all.")
+
+
+def _wikitext(split: str) -> dict[str, Any]:
+    return {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": split, "column": "text"}
+
+
+class Calibration(_Part):
+    """Text whose features and gradients give the metric."""
+
+    dataset: Dataset = Field(default_factory=lambda: Dataset(**_wikitext("train")))
+    sequences: Positive = 256
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Evaluation(_Part):
+    """Text that drives the search, and test sets that are read once."""
+
+    dataset: Dataset | None = Field(None, description="null: the calibration dataset, disjoint blocks.")
+    sequences: Positive = 64
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(None, description="null: as in calibration.")
+    test: list[TestSet] = Field(default_factory=lambda: [TestSet(**_wikitext("test"))])
+
+
+class Budget(_Part):
+    """One study and one checkpoint for each value."""
+
+    kept: Annotated[list[Kept], Field(min_length=1, max_length=32)]
+
+    @field_validator("kept")
+    @classmethod
+    def _distinct(cls, kept: list[float]) -> list[float]:
+        if len({f"{k:g}" for k in kept}) != len(kept):
+            raise ValueError("each budget may be named once")
+        return kept
+
+
+class Method(_Part):
+    """How a rank becomes a matrix."""
+
+    preset: Literal["ranksearch"] = "ranksearch"
+    metric: Literal["weight", "feature", "two_sided"] = "two_sided"
+    form: Literal["factored"] = "factored"
+    rank_multiple: Annotated[int, Field(ge=1, le=4096)] = 1
+    keep_dense: list[str] = Field(default_factory=list, description="Shell patterns of target names, e.g. `*.v_proj`.")
+    refine: Annotated[list[str], Field(max_length=0)] = Field(default_factory=list, description="None is available yet.")
+
+
+class Search(_Part):
+    """How rank vectors are proposed."""
+
+    trials: Annotated[int, Field(ge=1, le=10_000)] = 60
+    sampler: Literal["ranksearch", "random", "tpe", "gp"] = "ranksearch"
+    objective: Literal["perplexity", "kl"] = "perplexity"
+    pruner: Literal["wilcoxon", "none"] = "wilcoxon"
+    parallelism: Annotated[int, Field(ge=1, le=256)] = 1
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class Export(_Part):
+    """How checkpoints are written."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the model is stored.")
+    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
+
+
+class JobSpec(_Part):
+    """What a user submits: one model, one calibration, one or more budgets."""
+
+    name: str | None = Field(None, max_length=200)
+    model: ModelSource
+    calibration: Calibration = Field(default_factory=Calibration)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    budget: Budget
+    method: Method = Field(default_factory=Method)
+    search: Search = Field(default_factory=Search)
+    export: Export = Field(default_factory=Export)
+    webhook: None = Field(None, description="Not available yet.")
+
+
+def budget_label(kept: float) -> str:
+    """The name of a budget in study names, URLs and folders: `0.25` -> `"0.25"`."""
+    return f"{kept:g}"

@@ -1,0 +1,1 @@
+"""What a try costs: load, calibrate, factor, evaluate, export."""
