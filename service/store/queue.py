@@ -1,0 +1,83 @@
+"""The job queue: DBOS workflows in the same database as the jobs.
+
+The API process only holds a `JobQueue`, which writes and reads rows; workflows run in worker processes (`ranksearch.worker`).
+A job's workflow carries the job's id, so putting a job into the queue twice is the same as once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+APPLICATION: Final = "ranksearch"
+#: Raise it when a running job of the old code could not be continued by the new code: its jobs then wait for old workers.
+VERSION: Final = "1"
+JOBS: Final = "jobs"
+RUN_JOB: Final = "run_job"
+SCHEMA: Final = "dbos"  # PostgreSQL only; SQLite keeps the tables beside ours, no name is used twice
+POLL_SECONDS: Final = 0.5
+
+
+def migrate_queue(database_url: str) -> None:
+    """Create or upgrade the engine's own tables."""
+    DBOS.migrate(database_url, schema=SCHEMA)
+
+
+def engine_config(database_url: str, executor: str) -> DBOSConfig:
+    """The configuration of a process that runs workflows."""
+    return {
+        "name": APPLICATION,
+        "system_database_url": database_url,
+        "dbos_system_schema": SCHEMA,
+        "application_version": VERSION,
+        "executor_id": executor,
+        "serializer": DBOSPortableJSONSerializer(),
+        "run_migrations": False,
+        "log_level": "WARNING",
+    }
+
+
+class JobQueue:
+    """Puts jobs into the queue and takes them out; connects on first use."""
+
+    def __init__(self, database_url: str) -> None:
+        """Keep the database's SQLAlchemy URL, password included."""
+        self._client = DBOSClient(
+            system_database_url=database_url,
+            dbos_system_schema=SCHEMA,
+            serializer=DBOSPortableJSONSerializer(),
+            application_name=APPLICATION,
+            lazy=True,
+        )
+
+    def enqueue_job(self, transaction: Connection | Session, job_id: str, *, priority: int = 0) -> None:
+        """Queue a job inside the caller's transaction: the job row and its place in the queue are committed together."""
+        options: EnqueueOptions = {
+            "workflow_name": RUN_JOB,
+            "queue_name": JOBS,
+            "workflow_id": job_id,
+            "app_version": VERSION,
+        }
+        if priority:
+            options["priority"] = priority
+        self._client.enqueue_in_transaction(transaction, options, job_id)
+
+    def cancel_job(self, job_id: str) -> bool:
+        """Take a waiting job out of the queue; False when a worker has it (it watches the job's cancel flag) or it has ended."""
+        waiting = [w for w in self._client.list_workflows(workflow_ids=[job_id]) if w.status in ("ENQUEUED", "DELAYED")]
+        if waiting:
+            self._client.cancel_workflow(job_id)
+        return bool(waiting)
+
+    def delete_job(self, job_id: str) -> None:
+        """Forget a job's workflow and the results of its steps."""
+        self._client.delete_workflows([job_id])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.destroy()
