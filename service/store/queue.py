@@ -1,7 +1,7 @@
 """The job queue: DBOS workflows in the same database as the jobs.
 
-The API process only holds a `JobQueue`, which writes and reads rows; workflows run in worker processes (`ranksearch.worker`).
-A job's workflow carries the job's id, so putting a job into the queue twice is the same as once.
+The API process only holds a `JobQueue`, which writes and reads rows; workflows run in worker processes
+(`ranksearch.worker`). A job's workflow carries the job's id, so putting a job into the queue twice is the same as once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 APPLICATION: Final = "ranksearch"
-#: Raise it when a running job of the old code could not be continued by the new code: its jobs then wait for old workers.
+#: Raise it when new code could not continue a job that old code began: such jobs then wait for old workers.
 VERSION: Final = "1"
 JOBS: Final = "jobs"
 RUN_JOB: Final = "run_job"
@@ -56,7 +56,7 @@ class JobQueue:
         )
 
     def enqueue_job(self, transaction: Connection | Session, job_id: str, *, priority: int = 0) -> None:
-        """Queue a job inside the caller's transaction: the job row and its place in the queue are committed together."""
+        """Queue a job inside the caller's transaction: job row and place in the queue are committed together."""
         options: EnqueueOptions = {
             "workflow_name": RUN_JOB,
             "queue_name": JOBS,
@@ -68,7 +68,7 @@ class JobQueue:
         self._client.enqueue_in_transaction(transaction, options, job_id)
 
     def cancel_job(self, job_id: str) -> bool:
-        """Take a waiting job out of the queue; False when a worker has it (it watches the job's cancel flag) or it has ended."""
+        """Take a waiting job out of the queue; False when a worker has it (which watches the cancel flag) or it ended."""
         waiting = [w for w in self._client.list_workflows(workflow_ids=[job_id]) if w.status in ("ENQUEUED", "DELAYED")]
         if waiting:
             self._client.cancel_workflow(job_id)

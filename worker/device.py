@@ -1,0 +1,116 @@
+"""The device process: `python -m ranksearch.worker.device DEVICE` holds torch and the model, and does what the agent asks.
+
+It speaks JSON, one object per line: requests come on stdin as `{"id", "op", ...}`, and on stdout go `{"id", "progress"}`,
+`{"id", "result"}` or `{"id", "error": {code, message, data}}`. The first line out is `{"hello": {...}}`. Being a process of
+its own, it may run out of memory, crash, or be killed for a cancellation without taking the worker down; it ends when the
+agent does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import traceback
+from typing import Any, TextIO
+
+from ranksearch.search.errors import OutOfMemory, RanksearchError, StorageFull
+
+log = logging.getLogger("ranksearch.worker.device")
+
+
+def main(device: str) -> None:
+    """Serve requests until stdin ends."""
+    replies = _claim_stdout()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it two cuBLAS streams may sum differently
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+
+    from ranksearch.worker.workbench import Workbench
+
+    bench = Workbench(device)
+    _write(replies, {"hello": bench.facts()})
+    while True:
+        request = requests.get()
+        _write(replies, {"id": request["id"], **_answer(bench, request, replies)})
+
+
+def _answer(bench: Any, request: dict[str, Any], replies: TextIO) -> dict[str, Any]:
+    number, operation = request.pop("id"), request.pop("op")
+
+    def progress(fraction: float) -> None:
+        _write(replies, {"id": number, "progress": fraction})
+
+    try:
+        return {"result": bench.do(operation, progress=progress, **request)}
+    except Exception as error:
+        bench.recover()
+        known = as_known_error(error, operation)
+        if known is None:
+            log.error("%s failed\n%s", operation, traceback.format_exc())
+            known = RanksearchError(f"{operation} failed: {type(error).__name__}: {error}")
+        return {"error": {"code": known.code, "message": known.message, "data": known.data}}
+
+
+def as_known_error(error: BaseException, doing: str) -> RanksearchError | None:
+    """The error of ours that says what `error` means to a user; None when it is a defect.
+
+    Args:
+        error: What was raised.
+        doing: The operation, for the message.
+    """
+    if isinstance(error, RanksearchError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        way_out = "use a device with more memory, shorter sequences or a smaller model"
+        return OutOfMemory(f"Out of memory in {doing}: {way_out}. ({_first_line(text)})", doing=doing)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return StorageFull(f"The disk is full ({_first_line(text)}): free space and submit the job again.", doing=doing)
+    return None
+
+
+def error_from(reply: dict[str, Any]) -> RanksearchError:
+    """The error that a reply carries, as its own class again."""
+    kinds = {kind.code: kind for kind in _kinds(RanksearchError)}
+    error = kinds.get(reply["code"], RanksearchError)(reply["message"])
+    error.data = reply["data"]
+    return error
+
+
+def _kinds(root: type[RanksearchError]) -> list[type[RanksearchError]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in _kinds(child))]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0][:300]
+
+
+def _claim_stdout() -> TextIO:
+    """Keep stdout for replies; whatever libraries print goes to stderr."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return replies
+
+
+def _write(replies: TextIO, message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
+
+
+def _read_requests(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(0)  # the agent is gone; a computation may be under way, so there is nobody else to end it
+
+
+if __name__ == "__main__":
+    from ranksearch.worker.logs import configure_logging
+
+    configure_logging(os.environ.get("RANKSEARCH_LOG_FORMAT", "text"))
+    main(sys.argv[1])
