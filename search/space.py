@@ -1,0 +1,251 @@
+"""Rank vectors and the exact arithmetic of a budget. Needs numpy and nothing else.
+
+A target of shape `m x n` may be stored as
+
+* form `factored` at rank r, with r (m + n) parameters, r a multiple of `rank_multiple` up to its break-even rank, or
+* form `dense`, with m n parameters, written as its full rank min(m, n). Break-even lies below min(m, n), so a rank
+names its form.
+
+A budget is met *exactly from below*: a vector costs no more than the budget, and no target could be raised to its next
+allowed rank with what is left.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ranksearch.search.errors import ImpossibleBudget, InvalidInput
+from ranksearch.search.targets import Target
+
+Ranks = npt.NDArray[np.int64]
+"""One rank per target, `(targets,)`, in the order of `RankSpace.targets`; the full rank means dense."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpace:
+    """The rank vectors a job may use.
+
+    Attributes:
+        targets: The matrices, in the order of every rank vector.
+        rank_multiple: Factored ranks are multiples of this number.
+        keep_dense: Shell patterns of target names that always stay dense.
+
+    Raises:
+        InvalidInput: There is no target, or a pattern of `keep_dense` matches none.
+    """
+
+    targets: tuple[Target, ...]
+    rank_multiple: int = 1
+    keep_dense: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise InvalidInput("There is no target to compress.")
+        for pattern in self.keep_dense:
+            if not any(fnmatchcase(t.name, pattern) for t in self.targets):
+                raise InvalidInput(
+                    f"keep_dense: {pattern!r} matches no target; target names look like {self.targets[0].name!r}.",
+                    pattern=pattern,
+                )
+
+    @cached_property
+    def dense_costs(self) -> Ranks:
+        """Parameters of each dense target, m n; `(targets,)`."""
+        return np.array([t.parameters for t in self.targets], dtype=np.int64)
+
+    @cached_property
+    def marginals(self) -> Ranks:
+        """Parameters one more rank costs, m + n; `(targets,)`."""
+        return np.array([t.marginal for t in self.targets], dtype=np.int64)
+
+    @cached_property
+    def full_ranks(self) -> Ranks:
+        """min(m, n), the rank that means dense; `(targets,)`."""
+        return np.array([t.full_rank for t in self.targets], dtype=np.int64)
+
+    @cached_property
+    def top_ranks(self) -> Ranks:
+        """The largest factored rank of each target; its full rank where no factored rank is allowed; `(targets,)`."""
+        multiple = self.rank_multiple
+        top = [t.break_even // multiple * multiple for t in self.targets]
+        fixed = [any(fnmatchcase(t.name, p) for p in self.keep_dense) for t in self.targets]
+        factored = [rank > 0 and not f for rank, f in zip(top, fixed, strict=True)]
+        return np.where(factored, top, self.full_ranks).astype(np.int64)
+
+    @cached_property
+    def low_ranks(self) -> Ranks:
+        """The smallest allowed rank of each target; `(targets,)`."""
+        return np.where(self.top_ranks == self.full_ranks, self.full_ranks, self.rank_multiple).astype(np.int64)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all targets together, dense."""
+        return int(self.dense_costs.sum())
+
+    @property
+    def minimum(self) -> int:
+        """Parameters of the smallest vector."""
+        return self.cost(self.low_ranks)
+
+    def costs(self, ranks: Ranks) -> Ranks:
+        """Kept parameters of each target; `(targets,)`."""
+        return np.where(ranks >= self.full_ranks, self.dense_costs, ranks * self.marginals)
+
+    def cost(self, ranks: Ranks) -> int:
+        """Kept parameters: m n for a dense target, r (m + n) for a factored one."""
+        return int(self.costs(ranks).sum())
+
+    def kept(self, ranks: Ranks) -> float:
+        """Kept parameters / original parameters."""
+        return self.cost(ranks) / self.parameters
+
+    def budget(self, kept: float) -> int:
+        """The parameters a vector may keep, floor(kept * parameters), with `kept` read as a decimal number."""
+        return math.floor(Fraction(repr(float(kept))) * self.parameters)
+
+    def check_budget(self, kept: float) -> None:
+        """Refuse a budget that no vector meets.
+
+        Raises:
+            ImpossibleBudget: `kept` lies outside (0, 1] or below the smallest vector; `data` holds `kept`,
+                `minimum_kept`.
+        """
+        least = self._minimum_kept()
+        if not 0 < kept <= 1:
+            raise ImpossibleBudget(
+                f"kept {kept:g} is outside (0, 1]; this model allows {least:g} to 1.", kept=kept, minimum_kept=least
+            )
+        if self.budget(kept) < self.minimum:
+            raise ImpossibleBudget(
+                f"kept {kept:g} cannot be reached: the smallest allowed ranks (rank_multiple {self.rank_multiple}, "
+                f"{len(self.keep_dense)} keep_dense patterns) already keep {self.minimum / self.parameters:.4g} of the "
+                f"targets' parameters; ask for kept >= {least:g}.",
+                kept=kept,
+                minimum_kept=least,
+            )
+
+    def _minimum_kept(self) -> float:
+        """The smallest `kept` that works, rounded up to 3 significant digits."""
+        exact = Fraction(self.minimum, self.parameters)
+        scale = 10 ** (3 - math.floor(math.log10(exact)) - 1)
+        return min(float(Fraction(math.ceil(exact * scale), scale)), 1.0)
+
+    def is_allowed(self, ranks: Ranks) -> bool:
+        """Whether every rank is one its target may have."""
+        dense = ranks == self.full_ranks
+        factored = (ranks >= self.low_ranks) & (ranks <= self.top_ranks) & (ranks % self.rank_multiple == 0)
+        return ranks.shape == self.full_ranks.shape and bool(np.all(dense | factored))
+
+    def is_feasible(self, ranks: Ranks, kept: float) -> bool:
+        """Whether every rank is allowed and the vector costs no more than the budget."""
+        return self.is_allowed(ranks) and self.cost(ranks) <= self.budget(kept)
+
+    def is_exact(self, ranks: Ranks, kept: float) -> bool:
+        """Whether the vector is feasible and nothing can be raised within what is left of the budget."""
+        left = self.budget(kept) - self.cost(ranks)
+        steps = self.costs(self.next_ranks(ranks)) - self.costs(ranks)
+        return self.is_feasible(ranks, kept) and not bool(np.any((steps > 0) & (steps <= left)))
+
+    def next_ranks(self, ranks: Ranks) -> Ranks:
+        """The next allowed rank of each target: one multiple more, or dense after the last; dense stays dense."""
+        return np.where(ranks < self.top_ranks, ranks + self.rank_multiple, self.full_ranks)
+
+    def previous_ranks(self, ranks: Ranks) -> Ranks:
+        """The next smaller allowed rank of each target; the smallest stays."""
+        lower = np.where(ranks > self.top_ranks, self.top_ranks, ranks - self.rank_multiple)
+        return np.where(ranks <= self.low_ranks, self.low_ranks, lower)
+
+    def as_dict(self, ranks: Ranks) -> dict[str, int]:
+        """Target name -> rank."""
+        return {target.name: int(rank) for target, rank in zip(self.targets, ranks, strict=True)}
+
+    def from_dict(self, ranks: Mapping[str, int]) -> Ranks:
+        """The inverse of `as_dict`.
+
+        Raises:
+            InvalidInput: A target is missing, or a name is no target.
+        """
+        if odd := set(ranks) ^ {t.name for t in self.targets}:
+            raise InvalidInput(f"The rank vector and the targets differ in {sorted(odd)[0]!r}.", target=sorted(odd)[0])
+        return np.array([ranks[t.name] for t in self.targets], dtype=np.int64)
+
+    def pack(self, ranks: Ranks) -> str:
+        """One short ASCII string: base64 of little-endian uint16 ranks (uint32 after `w:`), 600 characters for 224."""
+        wide = int(ranks.max()) > np.iinfo(np.uint16).max
+        raw = np.asarray(ranks).astype("<u4" if wide else "<u2").tobytes()
+        return ("w:" if wide else "") + base64.b64encode(raw).decode("ascii")
+
+    def unpack(self, packed: str) -> Ranks:
+        """The inverse of `pack`.
+
+        Raises:
+            InvalidInput: The string does not hold one allowed rank per target.
+        """
+        try:
+            raw = base64.b64decode(packed.removeprefix("w:"), validate=True)
+            ranks = np.frombuffer(raw, dtype="<u4" if packed.startswith("w:") else "<u2").astype(np.int64)
+        except ValueError as error:
+            raise InvalidInput("The packed rank vector is damaged.") from error
+        if ranks.shape != self.full_ranks.shape or not self.is_allowed(ranks):
+            raise InvalidInput(f"The packed rank vector does not fit these {len(self.targets)} targets.")
+        return ranks
+
+
+def fill(space: RankSpace, ranks: Ranks, kept: float, value: Callable[[Ranks], Floats]) -> Ranks:
+    """Raise targets one allowed rank at a time until nothing fits in the budget any more.
+
+    Args:
+        space: The rank space.
+        ranks: A feasible vector; not modified.
+        kept: The budget.
+        value: Maps a vector to `(targets,)`, the worth of raising each target to its next rank; among the raises that
+            fit the most valuable goes first, the first target on ties.
+    """
+    ranks = ranks.copy()
+    left = space.budget(kept) - space.cost(ranks)
+    while True:
+        following = space.next_ranks(ranks)
+        steps = space.costs(following) - space.costs(ranks)
+        fits = (steps > 0) & (steps <= left)
+        if not fits.any():
+            return ranks
+        chosen = int(np.argmax(np.where(fits, value(ranks), -np.inf)))
+        ranks[chosen] = following[chosen]
+        left -= int(steps[chosen])
+
+
+def uniform(space: RankSpace, kept: float) -> Ranks:
+    """The same kept for every target that is free, with the budget used exactly from below.
+
+    The common level u is the highest one for which r_i = floor(u m n / (m + n)) (in multiples, at least the smallest
+    rank) fits; what is left then raises the targets that were rounded down most.
+
+    Raises:
+        ImpossibleBudget: No vector meets the budget.
+    """
+    space.check_budget(kept)
+    budget = space.budget(kept)
+    if space.parameters <= budget:
+        return space.full_ranks.copy()
+    share = space.dense_costs / (space.marginals * space.rank_multiple)
+
+    def at(level: float) -> Ranks:
+        ranks = np.floor(level * share).astype(np.int64) * space.rank_multiple
+        return np.clip(ranks, space.low_ranks, space.top_ranks)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if space.cost(at(middle)) <= budget else (low, middle)
+    return fill(space, at(low), kept, lambda ranks: -space.costs(space.next_ranks(ranks)) / space.dense_costs)
