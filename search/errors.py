@@ -76,6 +76,32 @@ class PathNotAllowed(InvalidInput):
     code = "path_not_allowed"
 
 
+class InvalidSettings(InvalidInput):
+    """A setting of the server is not usable."""
+
+    code = "invalid_settings"
+
+
+class NotFound(RanksearchError):
+    """There is nothing under this name."""
+
+    code = "not_found"
+    status = 404
+
+
+class JobNotFound(NotFound):
+    """There is no such job."""
+
+    code = "job_not_found"
+
+
+class Conflict(RanksearchError):
+    """The job's present state does not allow this."""
+
+    code = "conflict"
+    status = 409
+
+
 class NumericalError(RanksearchError):
     """A computation gave values that are not finite."""
 
@@ -93,3 +119,22 @@ class StorageFull(RanksearchError):
 
     code = "storage_full"
     status = 507
+
+
+class ServerUnreachable(RanksearchError):
+    """The server does not answer; start one with `ranksearch serve` or set RANKSEARCH_URL."""
+
+    code = "server_unreachable"
+    status = 503
+
+
+class RequestRefused(RanksearchError):
+    """The server refused the request."""
+
+    code = "request_refused"
+
+
+class BrokenDownload(RanksearchError):
+    """What arrived is not what the server announced; fetch again."""
+
+    code = "broken_download"

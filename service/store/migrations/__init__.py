@@ -1,0 +1,3 @@
+"""Alembic migrations of our own tables."""
+
+from __future__ import annotations
