@@ -5,10 +5,11 @@ is the tail of target i's spectrum in the metric of its factor bank. Under a lin
 components of the largest value per parameter: one sort over all components of all targets.
 
 Notation:
-    d            number of targets; z is `(d,)`, a log weight per target: the loss to minimize is sum_i exp(z_i)
-    E_i(r_i) segment      an indivisible step of one target: a block of `rank_multiple` components, or a jump to dense
-    density      loss saved / parameters spent by a segment
-    lambda       log of the multiplier: a vector takes all segments with log density + z_i >= lambda
+    d        number of targets
+    z        `(d,)`, a log weight per target: the loss to minimize is sum_i exp(z_i) E_i(r_i)
+    segment  an indivisible step of one target: a block of `rank_multiple` components, or a jump to dense
+    density  loss saved / parameters spent by a segment
+    lambda   log of the multiplier: a vector takes all segments with log density + z_i >= lambda
 
 Dense is one more option: from rank r it costs m n - r (m + n) and removes the whole tail. On the concave hull of a
 target's (parameters, loss saved) curve the jump starts at the rank r* with the smallest E(r) / (m n - r (m + n)); from
@@ -223,10 +224,9 @@ class Allocator:
         return np.append(blocks[: int(np.argmin(slope)) + 1], full)
 
     def _path_costs(self, target: int, path: Ranks) -> Ranks:
-        factored = path * self.space.marginals[target]
-        return np.where(path == self.space.full_ranks[target], self.space.dense_costs[target], factored).astype(
-            np.int64
-        )
+        dense, marginal = int(self.space.dense_costs[target]), int(self.space.marginals[target])
+        costs: Ranks = np.where(path == self.space.full_ranks[target], dense, path * marginal)
+        return costs
 
     def _densities(self, target: int, path: Ranks) -> Floats:
         """Log density of each step of a path of ranks; `(levels - 1,)`."""

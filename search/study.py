@@ -1,0 +1,371 @@
+"""The Optuna study of one job and budget: the single truth about its trials.
+
+A trial is created in one transaction (state RUNNING, its named tilts, and the packed rank vector as one user
+attribute) and finished in two. Nothing about a trial is kept anywhere else, so a process may die at any point: a trial
+it left RUNNING is offered again, with the same vector, before anything new is proposed.
+
+Proposals depend on the seed, the trial number and the trials told so far, and on nothing in this process: the sampler
+is built afresh for each of them, over a copy of the study in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ranksearch.search.allocate import Allocator
+from ranksearch.search.coordinates import BOUND, Coordinates
+from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
+from ranksearch.search.spec import Search, budget_label
+from ranksearch.search.targets import Target
+
+RANKS = "ranks"
+_RESULT = "result"
+_SPACE = "ranksearch:space"
+_STATES = {
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+_ATTEMPTS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A rank vector to evaluate.
+
+    Attributes:
+        number: Trial number in the study.
+        ranks: `(targets,)`.
+        origin: `prior`, `uniform` or `search`.
+    """
+
+    number: int
+    ranks: Ranks
+    origin: str
+
+
+def study_name(job_id: str, kept: float) -> str:
+    """The name of the study of one job and budget."""
+    return f"{job_id}/{budget_label(kept)}"
+
+
+def trials_of(storage: BaseStorage | str, job_id: str, kept: float) -> list[dict[str, Any]]:
+    """The trials of one job and budget as JSON-serializable rows, in the order of their numbers.
+
+    Returns:
+        Rows with `number`, `state` (running, complete, pruned, failed), `origin`, `kept` (exact), `score`, `scores`,
+        `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`, `worker`, `error`; empty when
+        there is no such study yet.
+    """
+    storage = optuna.storages.get_storage(storage)
+    try:
+        study_id = storage.get_study_id_from_name(study_name(job_id, kept))
+    except KeyError:
+        return []
+    return [_row(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
+
+
+def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace | None:
+    """The rank space the study was created with, which unpacks its vectors; None when there is no such study yet."""
+    storage = optuna.storages.get_storage(storage)
+    try:
+        table = storage.get_study_system_attrs(storage.get_study_id_from_name(study_name(job_id, kept))).get(_SPACE)
+    except KeyError:
+        return None
+    if table is None:
+        return None
+    targets = tuple(Target(**dict(zip(table["columns"], row, strict=True))) for row in table["targets"])
+    return RankSpace(targets=targets, rank_multiple=table["rank_multiple"], keep_dense=tuple(table["keep_dense"]))
+
+
+class RankStudy:
+    """Asks for rank vectors and takes their scores, for one job and budget.
+
+    Example:
+        >>> study = RankStudy(storage=storage, job_id="job_a", kept=0.5, space=space, spectra=spectra, spec=Search(),
+        ...                   dense_score=25.0)
+        >>> while (proposal := study.ask()) is not None:
+        ...     study.tell(proposal.number, score=evaluate(proposal.ranks), scores={}, seconds=1.0, worker="here")
+    """
+
+    def __init__(
+        self,
+        *,
+        storage: BaseStorage | str,
+        job_id: str,
+        kept: float,
+        space: RankSpace,
+        spectra: Mapping[str, Floats],
+        spec: Search,
+        dense_score: float,
+        siblings: Sequence[float] = (),
+        model: str = "",
+    ) -> None:
+        """Open the study, or create it.
+
+        Args:
+            storage: An Optuna storage or its URL.
+            job_id: The job.
+            kept: The budget.
+            space: The rank space.
+            spectra: Target name -> singular values, descending, in the metric of the factor bank.
+            spec: The `search` part of the job spec.
+            dense_score: Score of the dense model on the evaluation set: its perplexity, or 0 for objective `kl`.
+            siblings: Other budgets of the same job whose trials inform this search.
+            model: Where the model comes from, for the dashboard.
+
+        Raises:
+            ImpossibleBudget: No vector meets the budget.
+        """
+        space.check_budget(kept)
+        self.kept, self.space, self.spec, self.dense_score = kept, space, spec, dense_score
+        self.allocator = Allocator(space, spectra)
+        self.coordinates = Coordinates(space.targets)
+        self._storage = optuna.storages.get_storage(storage)
+        self._siblings = [study_name(job_id, other) for other in siblings if other != kept]
+        self._offered: set[int] = set()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(
+            study_name=study_name(job_id, kept),
+            storage=self._storage,
+            sampler=optuna.samplers.RandomSampler(seed=spec.seed),
+            direction="minimize",
+            load_if_exists=True,
+        )
+        self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        self._describe(job_id, model)
+        self._pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05) if spec.pruner == "wilcoxon" else None
+
+    @property
+    def finished(self) -> int:
+        """How many trials are complete, pruned or failed."""
+        return sum(trial.state.is_finished() for trial in self._trials())
+
+    @property
+    def best(self) -> Proposal | None:
+        """The complete trial with the smallest score, the first one on ties; None before the first."""
+        complete = [t for t in self._trials() if t.state == TrialState.COMPLETE]
+        return self._proposal(min(complete, key=lambda t: (t.value, t.number))) if complete else None
+
+    def history(self) -> list[dict[str, Any]]:
+        """The trials as rows; see `trials_of`."""
+        return [_row(trial) for trial in self._trials()]
+
+    def ask(self) -> Proposal | None:
+        """The next vector to evaluate; None when all trials are given out or no new vector exists.
+
+        Trials 0 and 1 are the prior and uniform. A trial that another process left RUNNING comes first.
+        """
+        trials = self._trials()
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and trial.number not in self._offered:
+                self._offered.add(trial.number)
+                return self._proposal(trial)
+        if len(trials) >= self.spec.trials:
+            return None
+        ranks, origin = self._propose(trials)
+        if ranks is None:
+            return None
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=self._template(ranks, origin))
+        number = self._storage.get_trial(trial_id).number
+        self._offered.add(number)
+        return Proposal(number=number, ranks=ranks, origin=origin)
+
+    def tell(self, number: int, *, score: float, scores: Mapping[str, float], seconds: float, worker: str) -> None:
+        """Finish a trial. Telling a finished trial again changes nothing.
+
+        Args:
+            number: Trial number.
+            score: The objective: perplexity, or mean KL in nats per token. A trial whose score is not finite failed.
+            scores: All scores by name.
+            seconds: Duration of the evaluation, s.
+            worker: Who evaluated it.
+        """
+        if not math.isfinite(score):
+            self.tell_failed(number, f"The score is {score}.")
+            return
+        result = {"scores": dict(scores), "seconds": round(seconds, 3), "worker": worker}
+        self._finish(number, TrialState.COMPLETE, result, [float(score)])
+
+    def tell_pruned(self, number: int, *, seconds: float | None = None, worker: str | None = None) -> None:
+        """Finish a trial that `report` said to stop."""
+        self._finish(number, TrialState.PRUNED, {"seconds": seconds, "worker": worker})
+
+    def tell_failed(self, number: int, reason: str) -> None:
+        """Finish a trial that has no score. Its vector is not proposed again."""
+        self._finish(number, TrialState.FAIL, {"error": reason[:1000]})
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Record the score of one chunk of the evaluation set.
+
+        Args:
+            number: Trial number.
+            step: Chunk index; the same text for every trial.
+            value: The chunk's own mean loss in nats per token: negative log-likelihood, or KL for objective `kl`.
+
+        Returns:
+            Whether to stop: the trial is worse than the best one over the chunks both have (Wilcoxon's signed-rank
+            test). The prior and uniform always run to the end.
+        """
+        trial = self._storage.get_trial(self._trial_id(number))
+        if trial.state.is_finished():
+            return False
+        self._storage.set_trial_intermediate_value(trial._trial_id, step, float(value))
+        if self._pruner is None or trial.user_attrs.get("origin") != "search":
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._pruner.prune(self._study, self._storage.get_trial(trial._trial_id))
+
+    def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Ranks | None, str]:
+        seen = {trial.user_attrs.get(RANKS) for trial in trials}
+        firsts = ((self.allocator.prior, "prior"), (lambda kept: uniform(self.space, kept), "uniform"))
+        if len(trials) < len(firsts):
+            make, origin = firsts[len(trials)]
+            ranks = make(self.kept)
+            if self.space.pack(ranks) not in seen:
+                return ranks, origin
+        asked = self._shadow(trials).ask(self._distributions())
+        packed = asked.user_attrs.get(RANKS)
+        z = self.coordinates.log_weights(asked.params)
+        first = self.space.unpack(packed) if packed else self.allocator.waterfill(self.kept, z)
+        return self._unseen(first, z, seen, len(trials)), "search"
+
+    def _unseen(self, ranks: Ranks, z: Floats, seen: set[Any], number: int) -> Ranks | None:
+        """The vector, or one nearby that no trial has; None when a wide search finds none."""
+        rng = np.random.default_rng([self.spec.seed, number])
+        for attempt in range(_ATTEMPTS):
+            if self.space.pack(ranks) not in seen:
+                return ranks
+            noise = 0.02 * 1.3**attempt * rng.standard_normal(len(z))
+            ranks = self.allocator.waterfill(self.kept, z + noise)
+        return None
+
+    def _shadow(self, trials: Sequence[FrozenTrial]) -> optuna.Study:
+        """A copy of the study in memory: asking it costs no transaction and leaves no trace."""
+        shadow = optuna.create_study(sampler=self._sampler(len(trials)), direction="minimize")
+        shadow.add_trials(trials)
+        return shadow
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int(np.random.SeedSequence([self.spec.seed, number]).generate_state(1)[0])
+        match self.spec.sampler:
+            case "random":
+                return optuna.samplers.RandomSampler(seed=seed)
+            case "tpe":
+                return optuna.samplers.TPESampler(seed=seed)
+            case "gp":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    return optuna.samplers.GPSampler(seed=seed)
+        from ranksearch.search.sampler import RankSampler
+
+        return RankSampler(
+            allocator=self.allocator,
+            kept=self.kept,
+            seed=self.spec.seed,
+            objective=self.spec.objective,
+            dense_score=self.dense_score,
+            siblings=self._sibling_trials(),
+        )
+
+    def _sibling_trials(self) -> list[list[FrozenTrial]]:
+        found = []
+        for name in self._siblings:
+            try:
+                study_id = self._storage.get_study_id_from_name(name)
+            except KeyError:
+                continue
+            found.append(self._storage.get_all_trials(study_id, deepcopy=False))
+        return found
+
+    def _template(self, ranks: Ranks, origin: str) -> FrozenTrial:
+        attributes = {
+            RANKS: self.space.pack(ranks),
+            "origin": origin,
+            "kept": self.space.kept(ranks),
+            "dense targets": int(np.sum(ranks == self.space.full_ranks)),
+            "predicted loss": self.allocator.loss(ranks),
+        }
+        return create_trial(
+            state=TrialState.RUNNING,
+            params=self.coordinates.project(self.allocator.tilts(ranks)),
+            distributions=self._distributions(),
+            user_attrs=attributes,
+        )
+
+    def _distributions(self) -> dict[str, BaseDistribution]:
+        return {name: FloatDistribution(-BOUND, BOUND) for name in self.coordinates.names}
+
+    def _proposal(self, trial: FrozenTrial) -> Proposal:
+        ranks = self.space.unpack(trial.user_attrs[RANKS])
+        return Proposal(number=trial.number, ranks=ranks, origin=trial.user_attrs["origin"])
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _finish(
+        self, number: int, state: TrialState, result: dict[str, Any], values: Sequence[float] | None = None
+    ) -> None:
+        trial_id = self._trial_id(number)
+        if self._storage.get_trial(trial_id).state.is_finished():
+            return
+        try:
+            self._storage.set_trial_user_attr(trial_id, _RESULT, result)
+            self._storage.set_trial_state_values(trial_id, state, values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # another worker finished it between the two lines above; the first result stands
+            return
+
+    def _describe(self, job_id: str, model: str) -> None:
+        """What the dashboard shows about the study, and the table that unpacks its vectors; written once."""
+        if _SPACE in self._storage.get_study_system_attrs(self._study_id):
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names([self.spec.objective])
+        facts = {"job": job_id, "model": model, "kept": self.kept, "targets": len(self.space.targets)}
+        for key, value in {**facts, "objective": self.spec.objective, "dense score": self.dense_score}.items():
+            self._storage.set_study_user_attr(self._study_id, key, value)
+        rows = [list(asdict(target).values()) for target in self.space.targets]
+        table = {
+            "columns": list(asdict(self.space.targets[0])),
+            "targets": rows,
+            "rank_multiple": self.space.rank_multiple,
+            "keep_dense": list(self.space.keep_dense),
+        }
+        self._storage.set_study_system_attr(self._study_id, _SPACE, json.loads(json.dumps(table)))
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    result = trial.user_attrs.get(_RESULT, {})
+    complete = trial.state == TrialState.COMPLETE
+    return {
+        "number": trial.number,
+        "state": _STATES[trial.state],
+        "origin": trial.user_attrs.get("origin"),
+        "kept": trial.user_attrs.get("kept"),
+        "score": trial.value if complete else None,
+        "scores": result.get("scores", {}) if complete else {},
+        "intermediate": {str(step): value for step, value in sorted(trial.intermediate_values.items())},
+        "ranks": trial.user_attrs.get(RANKS),
+        "seconds": result.get("seconds"),
+        "worker": result.get("worker"),
+        "error": result.get("error"),
+    }
