@@ -1,0 +1,160 @@
+"""Commands about results: `report`, `fetch`, `estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ranksearch.service.cli import options
+from ranksearch.service.cli.jobs import JobId
+from ranksearch.service.cli.output import err, out, print_json, print_lines, say
+from ranksearch.service.client import Client
+from ranksearch.service.download import choose
+from ranksearch.service.download import fetch as fetch_files
+from ranksearch.service.figures import count, duration, number, size
+from ranksearch.service.summary import budget_line, score_table
+
+Budget = Annotated[float | None, typer.Option("--kept", help="Which budget.")]
+
+
+def report(job: JobId, as_json: options.AsJson = False) -> None:
+    """Print the proof.
+
+    Scores of dense, uniform, prior, best and final; sizes; speed before and after.
+    """
+    with Client() as client:
+        document = client.report(job)
+    if as_json:
+        print_json(document)
+        return
+    console = out()
+    console.print(score_table(document))
+    for budget in document["budgets"]:
+        console.print(Text(budget_line(budget)))
+
+
+def fetch(
+    job: JobId,
+    kept: Budget = None,
+    folder: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: ./JOB-KEPT.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Download a checkpoint.
+
+    A broken download goes on where it stopped, and every file's sha256 is verified.
+    """
+    with Client() as client:
+        checkpoint = choose(client.checkpoints(job), kept)
+        files: list[dict[str, Any]] = checkpoint["files"]
+        target = folder or Path(f"{job}-{checkpoint['kept']}")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err(), transient=True) as progress:
+            task = progress.add_task("fetching", total=sum(int(file["size"]) for file in files))
+            here: dict[str, int] = {}
+
+            def seen(path: str, have: int) -> None:
+                here[path] = have
+                progress.update(task, description=path, completed=sum(here.values()))
+
+            fetch_files(client, files, target, seen)
+    total = sum(int(file["size"]) for file in files)
+    if as_json:
+        print_json({"folder": str(target.absolute()), "files": len(files), "bytes": total})
+        return
+    print_lines(str(target))
+    say(f"{len(files)} files, {size(total)}, every sha256 verified")
+
+
+def estimate(
+    spec: options.SpecFile = None,
+    model: options.Model = None,
+    kept: options.Kept = None,
+    name: options.Name = None,
+    dtype: options.Dtype = None,
+    dataset: options.DatasetName = None,
+    text: options.TextFile = None,
+    test: options.TestFiles = None,
+    sequences: options.Sequences = None,
+    length: options.Length = None,
+    metric: options.Metric = None,
+    multiple: options.Multiple = None,
+    dense: options.Dense = None,
+    trials: options.Trials = None,
+    sampler: options.Sampler = None,
+    objective: options.Objective = None,
+    seed: options.Seed = None,
+    assign: options.Set = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what a job would take and give.
+
+    Memory, disk, time and final size; nothing runs, and no job is made.
+    """
+    document = options.build_spec(
+        spec,
+        model=model,
+        kept=kept,
+        name=name,
+        dtype=dtype,
+        dataset=dataset,
+        text=text,
+        test=test,
+        sequences=sequences,
+        length=length,
+        metric=metric,
+        multiple=multiple,
+        dense=dense,
+        trials=trials,
+        sampler=sampler,
+        objective=objective,
+        seed=seed,
+        set=assign,
+    )
+    with Client() as client:
+        answer = client.estimate(document)
+    if as_json:
+        print_json(answer)
+        return
+    grid = Table.grid(padding=(0, 2))
+    _rows(grid, answer)
+    out().print(grid)
+
+
+def _rows(grid: Table, values: dict[str, Any], indent: int = 0) -> None:
+    """Any nested answer as lines, with figures written by what their names say they are."""
+    for name, value in values.items():
+        label = Text("  " * indent + name.replace("_", " "), style="bold" if indent == 0 else "")
+        if isinstance(value, dict) and value:
+            grid.add_row(label, "")
+            _rows(grid, value, indent + 1)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for item in value:
+                grid.add_row(label, "")
+                _rows(grid, item, indent + 1)
+        else:
+            grid.add_row(label, _figure(name, value))
+
+
+def _figure(name: str, value: Any) -> str:
+    if "bytes" in name or "memory" in name or "disk" in name:
+        return size(value)
+    if "seconds" in name:
+        return duration(value)
+    if "minutes" in name:
+        return duration(60 * value) if isinstance(value, int | float) else "-"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return count(value)
+    return number(value) if isinstance(value, float) else str(value)
