@@ -1,0 +1,80 @@
+"""Multiplying a checkpoint's factors out again, tensor by tensor; no model is built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.checkpoint import write_json
+from ranksearch.worker.loading import METHOD
+from ranksearch.worker.models import INDEX, weight_files
+from ranksearch.worker.shards import Stored, appearing, headers, write_shards
+
+_NOT_COPIED = ("config.json", INDEX, "README.md", "ranksearch.json")
+
+
+def merge_to_dense(folder: str | Path, out: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Multiply the factors of a checkpoint out again, for programs that know nothing of ranksearch.
+
+    The result is an ordinary model folder, as large as the original and with the compressed model's quality.
+
+    Args:
+        folder: A checkpoint.
+        out: The new folder; replaced if it exists.
+        max_shard_bytes: Largest size of a weights file.
+
+    Raises:
+        UnsupportedModel: The folder is no ranksearch checkpoint.
+    """
+    folder, out = Path(folder), Path(out)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if (config.pop("quantization_config", None) or {}).get("quant_method") != METHOD:
+        raise UnsupportedModel(f"{folder} is no ranksearch checkpoint, so there is nothing to multiply out.")
+    tensors = {
+        name: Stored(shape=shape, dtype=dtype, load=_from_file(file, name))
+        for file in weight_files(folder)
+        for name, (shape, dtype) in headers([file]).items()
+    }
+    with appearing(out) as draft:
+        write_shards(draft, _merged(tensors), max_shard_bytes)
+        for path in folder.iterdir():
+            if path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
+                shutil.copyfile(path, draft / path.name)
+        write_json(draft / "config.json", config)
+
+
+def _from_file(file: Path, name: str) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+
+    return load
+
+
+def _merged(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    merged: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        target, _, part = name.rpartition(".left.")
+        right = tensors.get(f"{target}.right.weight")
+        if name.endswith(".right.weight") and name.removesuffix("right.weight") + "left.weight" in tensors:
+            continue
+        if not target or right is None:
+            merged[name] = stored
+        elif part == "bias":
+            merged[f"{target}.bias"] = stored
+        else:
+            shape = (stored.shape[0], right.shape[1])
+            merged[f"{target}.weight"] = Stored(
+                shape=shape, dtype=stored.dtype, load=_product(stored.load, right.load), target=target
+            )
+    return merged
+
+
+def _product(left: Callable[[], Tensor], right: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: left().float() @ right().float()

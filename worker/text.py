@@ -1,0 +1,357 @@
+"""Text to token blocks, by a protocol that gives the same blocks on every machine.
+
+The column's texts are joined by a blank line (a text file: its content as it is), tokenised once without special tokens
+and cut into consecutive blocks. Calibration and evaluation blocks are the first and the next blocks of a seeded
+permutation; a test set is the first blocks of its text. `datasets` is imported when a dataset is read; it never runs code
+from one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ranksearch.search.errors import DatasetError, RanksearchError, UnsupportedModel
+
+BUILDERS = ("text", "json", "csv", "parquet", "arrow", "xml", "pandas")
+LOCAL_FILES = '{"path": "text", "data_files": "/data/corpus.txt", "split": "train"}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Token blocks of one dataset and where they come from.
+
+    Attributes:
+        tokens: `blocks x sequence_length`, int64.
+        ids: Index of each block in its dataset.
+        fingerprint: sha256 of the dataset's joined text.
+        label: Name of the dataset in reports.
+    """
+
+    tokens: Tensor
+    ids: tuple[int, ...]
+    fingerprint: str
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """All text of a job: what is calibrated on, what drives the search, what is read once at the end."""
+
+    calibration: Blocks
+    evaluation: Blocks
+    test: tuple[Blocks, ...]
+
+
+def gather(
+    calibration: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    cache_dir: str | Path,
+    vocabulary: int | None = None,
+) -> Material:
+    """Read every dataset of a job.
+
+    Args:
+        calibration: `dataset`, `sequences`, `sequence_length`, `seed`, as in the job spec.
+        evaluation: `dataset` (None: disjoint blocks of the calibration one), `sequences`, `sequence_length`, `test`.
+        tokenizer: The model's tokenizer.
+        cache_dir: Folder for downloaded datasets and token ids.
+        vocabulary: Rows of the model's embedding; token ids beyond it are refused.
+
+    Raises:
+        DatasetError: A dataset cannot be read as asked, or holds too few tokens.
+    """
+    length, seed = calibration["sequence_length"], calibration["seed"]
+    evaluation_length = evaluation.get("sequence_length") or length
+
+    def ids_of(dataset: Mapping[str, Any]) -> tuple[Tensor, str, str]:
+        text = read_text(dataset, cache_dir=cache_dir)
+        ids = tokenize(tokenizer, text, cache_dir=cache_dir, vocabulary=vocabulary)
+        return ids, fingerprint(text), label(dataset)
+
+    ids, digest, name = ids_of(calibration["dataset"])
+    own = evaluation.get("dataset")
+    wanted = 0 if own else evaluation["sequences"]
+    with _naming(name):
+        first, following = sample(
+            ids, calibration["sequences"], wanted, seed, length=length, next_length=evaluation_length
+        )
+    calibration_blocks = Blocks(tokens=cut(ids, length)[first], ids=tuple(first), fingerprint=digest, label=name)
+    if own:
+        ids, digest, name = ids_of(own)
+        with _naming(name):
+            following, _ = sample(ids, evaluation["sequences"], 0, seed, length=evaluation_length)
+    chosen = cut(ids, evaluation_length)[following]
+    evaluation_blocks = Blocks(tokens=chosen, ids=tuple(following), fingerprint=digest, label=name)
+    return Material(
+        calibration=calibration_blocks,
+        evaluation=evaluation_blocks,
+        test=tuple(_tests(evaluation.get("test") or (), ids_of, evaluation_length)),
+    )
+
+
+def _tests(datasets: Any, ids_of: Any, length: int) -> Iterator[Blocks]:
+    taken: set[str] = set()
+    for dataset in datasets:
+        ids, digest, name = ids_of(dataset)
+        with _naming(name):
+            tokens = cut(ids, length)[: dataset.get("sequences", 512)]
+        unique, number = name, 2
+        while unique in taken:
+            unique, number = f"{name} ({number})", number + 1
+        taken.add(unique)
+        yield Blocks(tokens=tokens, ids=tuple(range(len(tokens))), fingerprint=digest, label=unique)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(f"Dataset {name}: {error.message}", dataset=name, **error.data) from error
+
+
+def read_text(dataset: Mapping[str, Any], *, cache_dir: str | Path) -> str:
+    r"""The whole text of a dataset: the column's texts joined by "\n\n"; text files as they are.
+
+    Args:
+        dataset: `path`, `name`, `split`, `column`, `revision`, `data_files`, as in the job spec.
+        cache_dir: Folder for what `datasets` downloads and converts.
+
+    Raises:
+        DatasetError: No such dataset, config, split, column or file; no text; the hub is out of reach.
+    """
+    path, column = dataset["path"], dataset.get("column") or "text"
+    files = dataset.get("data_files")
+    if path in BUILDERS and not files:
+        # `datasets` would read whatever lies in the working directory
+        raise DatasetError(f"The builder {path!r} needs data_files, for example {LOCAL_FILES}.")
+    options: dict[str, Any] = {
+        "data_files": files,
+        "revision": dataset.get("revision"),
+        "split": dataset.get("split") or "train",
+    }
+    if path == "text":
+        options["sample_by"] = "document"
+    rows = _load(path, dataset.get("name"), options, Path(cache_dir))
+    if column not in rows.column_names:
+        raise DatasetError(
+            f"Dataset {path} has no column {column!r}; its columns are {', '.join(rows.column_names)}.",
+            column=column,
+            columns=rows.column_names,
+        )
+    texts = rows[column][:]
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DatasetError(
+                f"Column {column!r} of dataset {path} must hold text, but row {row} holds {type(text).__name__}; "
+                f"its columns are {', '.join(rows.column_names)}.",
+                column=column,
+                row=row,
+            )
+    joined = "\n\n".join(texts)
+    if not joined.strip():
+        raise DatasetError(f"Dataset {path} holds no text in column {column!r}.", column=column)
+    return joined
+
+
+def _load(path: str, name: str | None, options: dict[str, Any], cache_dir: Path) -> Any:
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_logging.set_verbosity_error()
+    where = f"Dataset {path}" + (f" ({name})" if name else "")
+    try:
+        return datasets.load_dataset(path, name, cache_dir=str(cache_dir / "datasets"), **options)
+    except RanksearchError:
+        raise
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DatasetError(
+            f"{where} is not in the local cache and the hub has no answer: {_reason(error)}. "
+            f"Check the name and the network (a gated dataset needs HF_TOKEN), or name local files: {LOCAL_FILES}."
+        ) from error
+    except FileNotFoundError as error:
+        raise DatasetError(f"{where} names files that are not there: {_reason(error)}.") from error
+    except Exception as error:
+        raise DatasetError(f"{where} cannot be read: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; the inner cause where `datasets` hides it behind a general sentence."""
+    inner = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    if isinstance(inner, UnicodeDecodeError):
+        return "a file is not valid UTF-8 text"
+    return " ".join(str(inner).split()).rstrip(".")[:400] or type(inner).__name__
+
+
+def fingerprint(text: str) -> str:
+    """sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def label(dataset: Mapping[str, Any]) -> str:
+    """A short name for reports: `test.txt` for files, `wikitext-2-raw-v1/test` for a config and split."""
+    files = dataset.get("data_files")
+    if files:
+        names = [files] if isinstance(files, str) else list(files)
+        return Path(names[0]).name + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return f"{dataset.get('name') or dataset['path']}/{dataset.get('split') or 'train'}"
+
+
+def tokenize(
+    tokenizer: Any, text: str, *, cache_dir: str | Path | None = None, vocabulary: int | None = None
+) -> Tensor:
+    """Token ids of a whole text, without special tokens.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        text: The text.
+        cache_dir: Keep the ids there and find them again by the sha256 of text and tokenizer.
+        vocabulary: Rows of the model's embedding.
+
+    Returns:
+        `tokens`, int64.
+
+    Raises:
+        UnsupportedModel: The tokenizer gives an id that the model has no embedding for.
+    """
+    cached = _cache_path(tokenizer, text, cache_dir)
+    ids = _read_ids(cached)
+    if ids is None:
+        ids = np.asarray(_encode(tokenizer, text), dtype=np.int32)
+        _write_ids(cached, ids)
+    if vocabulary is not None and len(ids) and int(ids.max()) >= vocabulary:
+        raise UnsupportedModel(
+            f"The tokenizer gives token id {int(ids.max())}, but the model embeds {vocabulary}; they do not match."
+        )
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # a notice about texts longer than the model's context means nothing here
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        truncation=False,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]  # type: ignore[no-any-return]
+
+
+def _cache_path(tokenizer: Any, text: str, cache_dir: str | Path | None) -> Path | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if cache_dir is None or backend is None or not hasattr(backend, "to_str"):
+        return None
+    key = hashlib.sha256(f"{type(tokenizer).__name__} {fingerprint(backend.to_str())} {fingerprint(text)}".encode())
+    return Path(cache_dir) / "tokens" / f"{key.hexdigest()}.npy"
+
+
+def _read_ids(path: Path | None) -> np.ndarray | None:
+    if path is None:
+        return None
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None  # absent or damaged: tokenise again
+    return ids if ids.ndim == 1 and ids.dtype == np.int32 else None
+
+
+def _write_ids(path: Path | None, ids: np.ndarray) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            np.save(file, ids, allow_pickle=False)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def cut(ids: Tensor, length: int) -> Tensor:
+    """Consecutive blocks, `blocks x length`, as a view; what is left at the end is dropped.
+
+    Raises:
+        DatasetError: Fewer tokens than one block.
+    """
+    blocks = len(ids) // length
+    if not blocks:
+        raise DatasetError(
+            f"the text has {len(ids)} tokens, fewer than one block of {length}; take more text or shorter blocks.",
+            tokens=len(ids),
+            sequence_length=length,
+        )
+    return ids[: blocks * length].view(blocks, length)
+
+
+def sample(
+    ids: Tensor, first: int, following: int, seed: int, *, length: int, next_length: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Which blocks to calibrate and which to evaluate on: a seeded permutation's first and next ones.
+
+    Args:
+        ids: `tokens` of the dataset.
+        first: Number of calibration blocks.
+        following: Number of evaluation blocks, which share no token with the calibration blocks.
+        seed: Seed of the permutation.
+        length: Tokens of a calibration block.
+        next_length: Tokens of an evaluation block, if different.
+
+    Returns:
+        Indices among the blocks of `length`, and among those of `next_length`.
+
+    Raises:
+        DatasetError: Not enough blocks; says how many there are.
+    """
+    other = next_length or length
+    blocks = len(cut(ids, length))
+    order = _permutation(blocks, seed)
+    chosen = [int(i) for i in order[:first]]
+    if other == length:
+        rest = [int(i) for i in order[first:]]
+    else:
+        used = np.zeros(len(ids) + 1, dtype=np.int64)
+        for block in chosen:
+            used[block * length + 1 : (block + 1) * length + 1] = 1
+        before = used.cumsum()
+        count = len(cut(ids, other))
+        rest = [int(i) for i in _permutation(count, seed) if before[(i + 1) * other] == before[i * other]]
+    if len(chosen) < first or len(rest) < following:
+        raise DatasetError(
+            f"the text has {len(ids)} tokens, which gives {blocks} sequences of {length}; asked for {first}"
+            + (
+                f" and {following} more of {other} that share no text with them ({len(rest)} are left)"
+                if following
+                else ""
+            )
+            + ". Ask for fewer sequences, shorter ones, or take more text.",
+            tokens=len(ids),
+            available=blocks,
+        )
+    return chosen, rest[:following]
+
+
+def _permutation(count: int, seed: int) -> np.ndarray:
+    # PCG64 named outright: `default_rng` may change its generator one day
+    return np.random.Generator(np.random.PCG64(seed)).permutation(count)
