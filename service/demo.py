@@ -1,4 +1,4 @@
-"""`ranksearch demo`: a whole job over REST on a model that is trained on the spot, and what a user then does with it."""
+"""`ranksearch demo`: a whole job over REST on a model trained on the spot, and what a user then does with it."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def result_table(report: dict[str, Any]) -> Table:
             scores = budget["scores"].get(row)
             if scores is None or (row == "dense" and place):
                 continue
-            test = next(iter(scores["test"].values()), {})
+            test: dict[str, float] = next(iter(scores["test"].values()), {})
             side = {"dense": "before", "final": "after"}.get(row)
             disk = {"dense": held["disk_dense"], "final": held["disk"]}.get(row)
             rate = (speed.get(side) or {}).get("decode_tokens_per_second") if side else None

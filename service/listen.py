@@ -5,20 +5,26 @@ The socket outlives this process, so callers wait instead of being refused while
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 
 import uvicorn
 
 from ranksearch.service.app import create_app
+from ranksearch.service.logs import configure_logging
 from ranksearch.service.store.settings import load_settings
 
 
 def main() -> None:
+    settings = load_settings()
+    configure_logging(settings.log_format)
+    if settings.log_format == "text":  # a line per request is for collectors, in a terminal it buries everything else
+        logging.getLogger("ranksearch.service.requests").setLevel(logging.WARNING)
     listener = socket.socket(fileno=int(sys.argv[1]))
     config = uvicorn.Config(
-        create_app(load_settings()),
-        log_level="warning",
+        create_app(settings),
+        log_config=None,
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=3,

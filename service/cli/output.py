@@ -61,10 +61,9 @@ def print_error(error: RanksearchError) -> None:
     console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
     problem = error.data.get("problem")
     for fault in problem.get("errors", []) if isinstance(problem, dict) else []:
-        where = str(fault.get("pointer", "")).strip("/").replace("/", ".")
-        console.print(
-            Text.assemble("  ", (where or "body", "bold"), ": ", str(fault.get("detail", ""))), soft_wrap=True
-        )
+        where, detail = str(fault.get("pointer", "")).strip("/").replace("/", "."), str(fault.get("detail", ""))
+        if detail not in error.message:
+            console.print(Text.assemble("  ", (where or "body", "bold"), ": ", detail), soft_wrap=True)
 
 
 def exit_code(error: RanksearchError) -> int:
