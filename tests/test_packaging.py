@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("search", "worker", "service")
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "demo", "test-artifacts", "dist", ".hypothesis")
+LEFT_OUT = shutil.ignore_patterns(
+    *(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "demo", "test-artifacts", "dist")
+)
 
 
 def package_files() -> set[str]:
@@ -57,11 +59,15 @@ def test_the_sdist_holds_sources_without_the_links(built: Path) -> None:
 def test_the_installed_wheel_works_alone(built: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path)
-    script = (
-        "import ranksearch.service.cli, ranksearch.search.errors as e; print(ranksearch.service.cli.__file__, e.__file__)"
-    )
-    command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {script}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import ranksearch.search.errors as errors, ranksearch.service.cli as cli
+print(errors.__file__, cli.__file__)
+"""
+    environment = {"PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(file.startswith(str(tmp_path)) for file in done.stdout.split())
 
