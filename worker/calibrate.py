@@ -1,0 +1,273 @@
+"""Calibration: one pass over text that yields the covariances of every target.
+
+Per target y = W x: the second moment `C = E[x x']` of its inputs (one for all targets that are fed the very same
+tensor, such as q, k and v) and `G = E[g g']` of `g = dL/dy`, where L is the summed negative log-likelihood of the
+text itself. Parameters never require a gradient, so no weight gradient exists at any time; only activations are
+differentiated.
+
+Both are sums over tokens in fp32. C is divided by the tokens the target saw and G by all tokens of the text, so that
+`tr(G D C D')` is in nats per token for a target that sees every token and for an expert that sees a few.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksearch.search.errors import NumericalError
+from ranksearch.search.targets import Target
+from ranksearch.worker.covariance import POOL, Moments
+from ranksearch.worker.readout import Readout
+
+Progress = Callable[[float], None]
+
+#: Bytes of logits, and of their gradient, that the backward pass may hold at once.
+LOGIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Covariances of the features of a model on a text.
+
+    Attributes:
+        inputs: Leader target -> `n x n` mean of x x', fp32, on the CPU.
+        means: Leader target -> `pools x n` means of x over pools of 32 sequences.
+        leader: Target -> the target under whose name its inputs are kept.
+        gradients: Target -> `m x m` mean of g g'; empty without gradients.
+        tokens: Target -> feature vectors seen.
+        total_tokens: Tokens of the text.
+    """
+
+    inputs: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    leader: Mapping[str, str]
+    gradients: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+    total_tokens: int
+
+    def input(self, name: str) -> Tensor:
+        """`n x n` second moment of a target's inputs."""
+        return self.inputs[self.leader[name]]
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        facts = {"leader": dict(self.leader), "tokens": dict(self.tokens), "total_tokens": self.total_tokens}
+        tensors = {
+            f"{part}/{name}": tensor.contiguous()
+            for part in ("inputs", "means", "gradients")
+            for name, tensor in getattr(self, part).items()
+        }
+        save_file(tensors, str(path), metadata={"calibration": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Reads what `save` wrote; tensors stay memory-mapped."""
+        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "means": {}, "gradients": {}}
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads(file.metadata()["calibration"])
+            for key in file.keys():  # noqa: SIM118 - the file is no mapping
+                part, name = key.split("/", 1)
+                parts[part][name] = file.get_tensor(key)
+        return cls(**parts, leader=facts["leader"], tokens=facts["tokens"], total_tokens=facts["total_tokens"])
+
+
+def calibrate(
+    model: nn.Module,
+    targets: Sequence[Target],
+    blocks: Tensor,
+    *,
+    gradients: bool,
+    batch_tokens: int = 4096,
+    memory_limit: int | None = None,
+    progress: Progress = lambda fraction: None,
+) -> Calibration:
+    """Streams text through the model and accumulates covariances.
+
+    Args:
+        model: A causal language model; it comes back as it was.
+        targets: What to observe.
+        blocks: Token ids, `sequences x length`.
+        gradients: Also run the backward pass and accumulate G.
+        batch_tokens: Tokens per forward (and backward) pass; at least one sequence.
+        memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit.
+        progress: Told the fraction done.
+
+    Raises:
+        NumericalError: A target's inputs or output gradients hold NaN or Inf; names it.
+    """
+    readout = Readout(model, blocks)
+    groups = _shared_inputs(model, targets, readout, blocks)
+    passes = _split(groups, gradients=gradients, limit=memory_limit)
+    inputs: dict[str, Moments] = {}
+    outputs: dict[str, Moments] = {}
+    for index, part in enumerate(passes):
+        observer = _Observer(model, part, pools=-(-len(blocks) // POOL), gradients=gradients)
+        with observer, _frozen(model):
+            for done in _passes(readout, blocks, observer, gradients=gradients, batch_tokens=batch_tokens):
+                progress((index + done) / len(passes))
+        inputs |= observer.inputs
+        outputs |= observer.outputs
+    leader = {target.name: group[0].name for group in groups for target in group}
+    total = blocks.numel()
+    return Calibration(
+        inputs={name: moments.mean().cpu() for name, moments in inputs.items()},
+        means={name: means.cpu() for name, moments in inputs.items() if (means := moments.pool_means()) is not None},
+        leader=leader,
+        gradients={name: moments.mean(total).cpu() for name, moments in outputs.items()},
+        tokens={name: inputs[lead].tokens for name, lead in leader.items()},
+        total_tokens=total,
+    )
+
+
+class _Observer:
+    """Hooks that feed moments, for the targets of one pass."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[Target]], *, pools: int, gradients: bool) -> None:
+        self._model, self._groups, self._gradients = model, groups, gradients
+        self._hooks: list[Any] = []
+        self.pool = 0
+        device = next(model.parameters()).device
+        self.inputs = {g[0].name: Moments(g[0].in_features, pools=pools, device=device) for g in groups}
+        self.outputs = {t.name: Moments(t.out_features, device=device) for g in groups for t in g} if gradients else {}
+
+    def __enter__(self) -> _Observer:
+        for group in self._groups:
+            module = self._model.get_submodule(group[0].name)
+            self._hooks.append(module.register_forward_pre_hook(partial(self._see_input, group[0].name)))
+            for target in group if self._gradients else ():
+                module = self._model.get_submodule(target.name)
+                self._hooks.append(module.register_forward_hook(partial(self._see_output, target.name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            self.inputs[name].add(args[0], self.pool)
+
+    def _see_output(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._see_gradient, name))
+
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        with torch.no_grad():
+            self.outputs[name].add(gradient)
+
+    def check(self) -> None:
+        """Raises NumericalError naming the first target, in the order of the model, whose moments are not finite."""
+        for what, moments in (("inputs", self.inputs), ("output gradients", self.outputs)):
+            for name, moment in moments.items():
+                if not moment.finite:
+                    raise NumericalError(
+                        f"The {what} of {name} hold NaN or infinite values during calibration; "
+                        "load the model in float32 or bfloat16, or look at the weights before it.",
+                        target=name,
+                    )
+
+
+def _passes(
+    readout: Readout, blocks: Tensor, observer: _Observer, *, gradients: bool, batch_tokens: int
+) -> Iterator[float]:
+    """One run over the text; yields the fraction done after each batch. A batch never crosses a pool."""
+    rows = max(1, min(POOL, batch_tokens // blocks.shape[1]))
+    done = 0
+    for pool, sequences in enumerate(blocks.split(POOL)):
+        observer.pool = pool
+        for batch in sequences.split(rows):
+            ids = batch.to(readout.device)
+            with torch.set_grad_enabled(gradients):
+                hidden = readout.hidden(ids)
+                if gradients:
+                    hidden.backward(_nll_gradient(readout, hidden.detach(), ids))
+            done += len(batch)
+            yield done / len(blocks)
+        observer.check()
+
+
+def _nll_gradient(readout: Readout, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Gradient `batch x length x d` of the summed negative log-likelihood of `ids` at the final hidden states."""
+    leaves = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    labels = ids[:, 1:].reshape(-1)
+    # three fp32 copies of a chunk's logits live at the same time
+    chunk = max(1, LOGIT_BYTES // (12 * readout.vocabulary))
+    parts = []
+    for h, y in zip(leaves.split(chunk), labels.split(chunk), strict=True):
+        leaf = h.detach().requires_grad_()
+        nll = F.cross_entropy(readout.logits(leaf).float(), y, reduction="sum")
+        (part,) = torch.autograd.grad(nll, leaf)
+        parts.append(part)
+    gradient = torch.zeros_like(hidden)
+    gradient[:, :-1] = torch.cat(parts).view(*hidden[:, :-1].shape)
+    return gradient
+
+
+@torch.no_grad()
+def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout, blocks: Tensor) -> list[list[Target]]:
+    """Groups targets that were fed the very same tensor objects in a short forward pass."""
+    seen: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, calls=calls: calls.append(args[0]))
+        for name, calls in seen.items()
+    ]
+    try:
+        # the tensors are kept until the grouping is done: an id is unique only while its object lives
+        readout.hidden(blocks[:1, :16])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[tuple[object, ...], list[Target]] = {}
+    for target in targets:
+        calls = seen[target.name]
+        key = tuple(id(x) for x in calls) or (target.name,)
+        groups.setdefault((*key, target.in_features), []).append(target)
+    return list(groups.values())
+
+
+def _split(groups: list[list[Target]], *, gradients: bool, limit: int | None) -> list[list[list[Target]]]:
+    """Cuts the groups into runs whose fp32 covariances fit in `limit` bytes (or hold a single group)."""
+    runs: list[list[list[Target]]] = [[]]
+    used = 0
+    for group in groups:
+        size = 4 * (group[0].in_features ** 2 + (sum(t.out_features**2 for t in group) if gradients else 0))
+        if runs[-1] and limit is not None and used + size > limit:
+            runs.append([])
+            used = 0
+        runs[-1].append(group)
+        used += size
+    return runs
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no parameter asks for a gradient, and the embedding's output does, so that activations are
+    differentiated."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
+    model.eval()
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    # the copy is no leaf, so a model may scale its embeddings in place
+    hook = embedding.register_forward_hook(
+        lambda module, args, output: output.requires_grad_().clone() if torch.is_grad_enabled() else output
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(training)

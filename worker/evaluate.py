@@ -1,0 +1,211 @@
+"""Scores of a compressed model against its dense self: perplexity and mean KL divergence per predicted token.
+
+With z = H h + c the logits of a token, p the dense distribution and q the compressed one,
+
+    KL(p || q) = sum_v p_v (z^p_v - z^q_v) - lse(z^p) + lse(z^q)
+               = (lse(z^q) - h_q' e) - (lse(z^p) - h_p' e),        e = H' p
+
+so all that has to be kept of the dense model is one vector e and one number per token, and the KL costs a trial one
+dot product instead of a second pass over the vocabulary. Where logits are not linear in h (soft-capping) the dense h
+is kept and p formed again for each chunk. Logits exist in fp32 for a small chunk of tokens only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksearch.search.errors import InvalidInput, NumericalError
+from ranksearch.worker.readout import Readout
+
+#: Tokens per forward pass or logits chunk, at most: more gains no speed.
+MAX_TOKENS = 16384
+
+Reference = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What an evaluation says.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood over all predicted tokens.
+        kl: Mean KL(dense || model) over the same tokens, nats.
+        nll: Mean negative log-likelihood per predicted token of each sequence, nats.
+        tokens: Predicted tokens.
+    """
+
+    perplexity: float
+    kl: float
+    nll: list[float]
+    tokens: int
+
+    @classmethod
+    def union(cls, parts: Sequence[Scores]) -> Scores:
+        """Scores of all sequences together; every sequence is of the same length."""
+        nll = [value for part in parts for value in part.nll]
+        tokens = sum(part.tokens for part in parts)
+        kl = math.fsum(part.kl * part.tokens for part in parts) / tokens
+        return cls(perplexity=_perplexity(nll), kl=kl, nll=nll, tokens=tokens)
+
+
+class Evaluation:
+    """A fixed set of sequences and the dense model's distributions on them.
+
+    Attributes:
+        dense: Scores of the model it was made with.
+        batch_tokens: Tokens per forward pass.
+        chunk_tokens: Tokens whose logits exist at once.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: nn.Module, blocks: Tensor, *, batch_tokens: int | None = None, chunk_tokens: int | None = None
+    ) -> None:
+        """Runs the dense model once.
+
+        Args:
+            model: The dense model in eval mode.
+            blocks: Token ids, `sequences x length`.
+            batch_tokens: Tokens per forward pass, at least one sequence; when None, as many as keep the activations
+                below half of the model's own size.
+            chunk_tokens: Tokens whose logits exist at once; likewise.
+
+        Raises:
+            InvalidInput: There is no predicted token.
+            NumericalError: The dense model's scores are not finite.
+        """
+        if blocks.ndim != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
+            raise InvalidInput(
+                f"An evaluation needs sequences of at least two tokens; got shape {tuple(blocks.shape)}."
+            )
+        self._blocks = blocks
+        self._model = model
+        self._readout = readout = Readout(model, blocks)
+        budget = sum(p.nbytes for p in model.parameters()) // 2
+        rows = (batch_tokens or min(MAX_TOKENS, budget // _bytes_per_token(model, readout))) // blocks.shape[1]
+        self._rows = max(1, rows)
+        self.batch_tokens = self._rows * blocks.shape[1]
+        # logits in the model's dtype, in fp32, and their logarithmic softmax live at once
+        self.chunk_tokens = chunk_tokens or min(MAX_TOKENS, max(16, budget // (12 * readout.vocabulary)))
+        self._references = [self._reference(ids) for ids in blocks.split(self._rows)]
+        self.dense = self.score(model)
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes kept of the dense model's distributions."""
+        return sum(t.nbytes for reference in self._references for t in reference)
+
+    def score(self, model: nn.Module) -> Scores:
+        """Scores a model: the one given at construction at whatever ranks it runs now, or another with the same head.
+
+        Raises:
+            NumericalError: A score is not finite.
+        """
+        return Scores.union(list(self.score_chunks(model, 1)))
+
+    def score_chunks(self, model: nn.Module, chunks: int = 8) -> Iterator[Scores]:
+        """Scores consecutive parts of the sequences, for a caller who may stop early; their union equals `score`
+        exactly.
+
+        Args:
+            model: As in `score`.
+            chunks: Parts to yield at most; a part is made of whole forward batches.
+
+        Raises:
+            NumericalError: A score is not finite.
+        """
+        readout = self._readout_of(model)
+        batches = list(zip(self._blocks.split(self._rows), self._references, strict=True))
+        edges = [round(i * len(batches) / min(chunks, len(batches))) for i in range(min(chunks, len(batches)) + 1)]
+        for start, stop in pairwise(edges):
+            # inference mode must not leak into the caller between two parts
+            with torch.inference_mode():
+                parts = [self._score_batch(readout, ids, reference) for ids, reference in batches[start:stop]]
+                nll, kl = (torch.cat(values).tolist() for values in zip(*parts, strict=True))
+            if not all(map(math.isfinite, nll + kl)):
+                raise NumericalError("The scores are not finite: the model's logits hold NaN or infinite values.")
+            yield Scores(
+                perplexity=_perplexity(nll),
+                kl=math.fsum(kl) / len(kl),
+                nll=nll,
+                tokens=len(nll) * (self._blocks.shape[1] - 1),
+            )
+
+    def _readout_of(self, model: nn.Module) -> Readout:
+        if model is self._model:
+            return self._readout
+        readout = Readout(model, self._blocks)
+        ours, theirs = self._readout.head, readout.head
+        same = ours is theirs or (ours is not None and theirs is not None and torch.equal(ours.weight, theirs.weight))
+        if not same:
+            raise InvalidInput("The model has another output head than the one this evaluation was made with.")
+        return readout
+
+    def _score_batch(self, readout: Readout, ids: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        """Mean NLL and KL of each sequence, `batch` each, fp32."""
+        ids = ids.to(readout.device)
+        hidden = readout.hidden(ids)[:, :-1].flatten(0, 1)
+        labels = ids[:, 1:].flatten()
+        nll, kl = [], []
+        for h, y, *known in zip(*(t.split(self.chunk_tokens) for t in (hidden, labels, *reference)), strict=True):
+            logits = readout.logits(h).float()
+            nll_of_chunk, lse = _nll_and_lse(logits, y)
+            nll.append(nll_of_chunk)
+            if readout.linear:
+                anchor, offset = known
+                kl.append(lse - _dot(h, anchor) - offset)
+            else:
+                dense = readout.logits(known[0]).float()
+                kl.append(
+                    F.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+                )
+        return tuple(torch.cat(values).view(len(ids), -1).mean(1) for values in (nll, kl))  # type: ignore[return-value]
+
+    def _reference(self, ids: Tensor) -> Reference:
+        """What is kept of the dense distributions of a batch: `(e, lse - h'e)`, or `(h,)` where logits are not
+        linear."""
+        ids = ids.to(self._readout.device)
+        hidden = self._readout.hidden(ids)[:, :-1].flatten(0, 1)
+        head = self._readout.head
+        if head is None:
+            return (hidden,)
+        anchors, offsets = [], []
+        for h, y in zip(hidden.split(self.chunk_tokens), ids[:, 1:].flatten().split(self.chunk_tokens), strict=True):
+            logits = head(h).float()
+            _, lse = _nll_and_lse(logits, y)
+            e = logits.sub_(lse.unsqueeze(-1)).exp_().to(head.weight.dtype) @ head.weight
+            anchors.append(e)
+            # from the rounded e, so that the KL of the dense model is zero
+            offsets.append(lse - _dot(h, e))
+        return torch.cat(anchors), torch.cat(offsets)
+
+
+def _nll_and_lse(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the labels and log-sum-exp of fp32 logits `tokens x vocabulary`, `tokens` each."""
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    return nll, nll + logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products in fp32: `tokens x d` twice to `tokens`."""
+    return (a.float() * b.float()).sum(-1)
+
+
+def _perplexity(nll: Sequence[float]) -> float:
+    mean = math.fsum(nll) / len(nll)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _bytes_per_token(model: nn.Module, readout: Readout) -> int:
+    """Activations of one block for one token, roughly: the widest layer a few times and the hidden state many times."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not readout.head]
+    widest = max((m.out_features for m in linears), default=1)
+    hidden = max((m.in_features for m in linears[:1]), default=1)
+    return next(model.parameters()).element_size() * (3 * widest + 8 * hidden)

@@ -1,0 +1,195 @@
+"""The one place that decides how matrices are decomposed: roots of covariances and singular values.
+
+Policy, for every caller: work in fp64 on a symmetrized matrix; clamp eigenvalues from below relative to their mean;
+never form an inverse; when a LAPACK driver does not converge try the next one; say in the result what was done. A
+singular or zero covariance is a fact to record, not an error. Only values that are not finite are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ranksearch.search.errors import NumericalError
+
+#: Smallest eigenvalue kept in a root, relative to the mean eigenvalue.
+DAMPING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    """The symmetric square root of a covariance, and how it was made.
+
+    Attributes:
+        matrix: `n x n`, fp64.
+        damping: Relative clamp that was asked for.
+        clamped: Number of eigenvalues raised to the clamp.
+        effective_rank: exp of the entropy of the normalized eigenvalues; 0 for a zero matrix.
+        mean_eigenvalue: trace / n.
+        solver: Name of the decomposition that converged.
+    """
+
+    matrix: Tensor
+    damping: float
+    clamped: int
+    effective_rank: float
+    mean_eigenvalue: float
+    solver: str
+
+    @property
+    def facts(self) -> dict[str, float | int | str]:
+        """What was done, ready for JSON."""
+        return {
+            "damping": self.damping,
+            "clamped": self.clamped,
+            "effective_rank": self.effective_rank,
+            "mean_eigenvalue": self.mean_eigenvalue,
+            "solver": self.solver,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decomposition:
+    """`M = U diag(S) Vh` with singular values in descending order, fp64.
+
+    Attributes:
+        U: `m x k`.
+        S: `k`.
+        Vh: `k x n`.
+        solver: Name of the decomposition that converged.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    solver: str
+
+
+def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "") -> Root:
+    """Takes the symmetric root `Q diag(max(e, damping * mean(e)))^(1/2) Q'` of a positive semi-definite matrix.
+
+    Args:
+        covariance: `n x n`, any float dtype; only its symmetric part is used.
+        damping: Relative clamp; 0 keeps a singular matrix singular.
+        name: Target to name in an error.
+
+    Returns:
+        The root and the facts about it. A zero matrix has a zero root.
+
+    Raises:
+        NumericalError: The matrix is not finite, or no solver converged.
+    """
+    A = covariance.to(torch.float64)
+    A = (A + A.mT) / 2
+    _check_finite(A, "covariance", name)
+    size = A.shape[0]
+    mean = float(A.diagonal().mean())
+    if mean <= 0:
+        return Root(
+            matrix=torch.zeros_like(A),
+            damping=damping,
+            clamped=size,
+            effective_rank=0.0,
+            mean_eigenvalue=0.0,
+            solver="none",
+        )
+    # dividing by the mean eigenvalue keeps tiny gradient covariances away from the range where drivers lose accuracy
+    (eigenvalues, Q), solver = _first_that_converges(A / mean, [("eigh", _eigh), ("svd", _eigh_by_svd)], name)
+    clamp = max(damping, 0.0)
+    raised = eigenvalues.clamp(min=clamp)
+    share = eigenvalues.clamp(min=0)
+    share = share / share.sum()
+    entropy = -torch.special.xlogy(share, share).sum()
+    return Root(
+        matrix=(Q * (raised * mean).sqrt()) @ Q.mT,
+        damping=damping,
+        clamped=int((eigenvalues < clamp).sum()),
+        effective_rank=float(entropy.exp()),
+        mean_eigenvalue=mean,
+        solver=solver,
+    )
+
+
+def decompose(matrix: Tensor, *, name: str = "") -> Decomposition:
+    """Takes the thin singular value decomposition in fp64.
+
+    The last resort, by the eigenvectors of the smaller Gram matrix, halves the digits of small singular values; the
+    result's `solver` then says `gram`.
+
+    Args:
+        matrix: `m x n`, any float dtype.
+        name: Target to name in an error.
+
+    Raises:
+        NumericalError: The matrix is not finite, or no solver converged.
+    """
+    M = matrix.to(torch.float64)
+    _check_finite(M, "matrix", name)
+    solvers: list[tuple[str, _Solver]] = [("svd", _svd)]
+    if M.is_cuda:
+        solvers += [("gesvd", _gesvd)]
+    solvers += [("svd of the transpose", _svd_transposed), ("gram", _svd_by_gram)]
+    (U, S, Vh), solver = _first_that_converges(M, solvers, name)
+    return Decomposition(U=U, S=S, Vh=Vh, solver=solver)
+
+
+_Solver = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _first_that_converges(
+    A: Tensor, solvers: Sequence[tuple[str, _Solver]], name: str
+) -> tuple[tuple[Tensor, ...], str]:
+    tried = []
+    for solver, solve in solvers:
+        try:
+            parts = solve(A)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            tried.append(f"{solver}: {error}")
+            continue
+        # a driver may also fail silently
+        if all(bool(part.isfinite().all()) for part in parts):
+            return tuple(parts), solver
+        tried.append(f"{solver}: result not finite")
+    raise NumericalError(f"No decomposition of {name or 'the matrix'} converged.", target=name, tried=tried)
+
+
+def _eigh(A: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.linalg.eigh(A))
+
+
+def _eigh_by_svd(A: Tensor) -> tuple[Tensor, ...]:
+    U, S, Vh = torch.linalg.svd(A)
+    # for a symmetric matrix u_i = sign(e_i) v_i
+    return S * (U * Vh.mT).sum(0).sign(), U
+
+
+def _svd(M: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.linalg.svd(M, full_matrices=False))
+
+
+def _gesvd(M: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.linalg.svd(M, full_matrices=False, driver="gesvd"))
+
+
+def _svd_transposed(M: Tensor) -> tuple[Tensor, ...]:
+    V, S, Uh = torch.linalg.svd(M.mT.contiguous(), full_matrices=False)
+    return Uh.mT, S, V.mT
+
+
+def _svd_by_gram(M: Tensor) -> tuple[Tensor, ...]:
+    wide = M.shape[0] <= M.shape[1]
+    N = M if wide else M.mT
+    eigenvalues, Q = torch.linalg.eigh(N @ N.mT)
+    S, Q = eigenvalues.flip(0).clamp(min=0).sqrt(), Q.flip(1)
+    floor = eigenvalues.max().clamp(min=0).sqrt() * torch.finfo(S.dtype).eps ** 0.5
+    positive = S.gt(floor)
+    rows = (Q.mT @ N) * torch.where(positive, S, 1.0).reciprocal().where(positive, S.new_zeros(())).unsqueeze(1)
+    return (Q, S, rows) if wide else (rows.mT, S, Q.mT)
+
+
+def _check_finite(A: Tensor, what: str, name: str) -> None:
+    if not bool(A.isfinite().all()):
+        raise NumericalError(f"The {what} of {name or 'a target'} holds NaN or infinite values.", target=name)

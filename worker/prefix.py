@@ -1,0 +1,134 @@
+"""Running a model at any rank vector without building it: each target runs a prefix of its factors in the bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksearch.search.errors import InvalidInput
+from ranksearch.search.targets import Target
+from ranksearch.worker.bank import FactorBank
+
+
+class PrefixLinear(nn.Module):
+    """A linear layer that runs dense or through the first `rank` components of its factors.
+
+    y = left' (right x) + b, with left `r x m` and right `r x n`: both are contiguous row slices.
+    """
+
+    def __init__(self, dense: nn.Linear, left: Tensor, right: Tensor) -> None:
+        """Shares everything it is given; nothing is copied.
+
+        Args:
+            dense: The original layer.
+            left: `k x m`, transposed left factor.
+            right: `k x n`.
+        """
+        super().__init__()
+        self.dense = dense
+        self._factors = (left, right)
+        self._prefix: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight: some models look at a projection's dtype or device."""
+        return self.dense.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, kept as it is at any rank."""
+        return self.dense.bias
+
+    @property
+    def stored(self) -> int:
+        """Components in the bank."""
+        return self._factors[1].shape[0]
+
+    def set_rank(self, rank: int | None) -> None:
+        """Chooses the first `rank` components, or the dense weight for None."""
+        left, right = self._factors
+        self._prefix = None if rank is None else (left[:rank].mT, right[:rank])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`... x n` to `... x m`."""
+        if self._prefix is None:
+            return F.linear(x, self.dense.weight, self.dense.bias)
+        left, right = self._prefix
+        return F.linear(F.linear(x, right), left, self.dense.bias)
+
+
+class PrefixModel:
+    """Swaps the targets of a model for `PrefixLinear`; the model itself stays the caller's.
+
+    Example:
+        with PrefixModel(model, bank, targets) as prefix:
+            prefix.set_ranks({"model.layers.0.mlp.down_proj": 32})
+            model(input_ids=ids)
+    """
+
+    def __init__(self, model: nn.Module, bank: FactorBank, targets: Sequence[Target]) -> None:
+        """Swaps the modules; every target runs dense until `set_ranks`.
+
+        Args:
+            model: The dense model; inference only while its targets are swapped.
+            bank: Its factors. They should be on the model's device and in its dtype: they are copied there otherwise,
+                once.
+            targets: The targets in the bank.
+        """
+        self.model = model
+        self._targets = {target.name: target for target in targets}
+        self._modules: dict[str, PrefixLinear] = {}
+        for name in self._targets:
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)
+            module = PrefixLinear(dense, bank.left[name].to(dense.weight), bank.right[name].to(dense.weight))
+            self._modules[name] = module.train(dense.training)
+        for name, module in self._modules.items():
+            model.set_submodule(name, module)
+
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Chooses a rank for each target; allocates and copies nothing.
+
+        Args:
+            ranks: Target -> rank; its full rank, or leaving it out, means dense.
+
+        Raises:
+            InvalidInput: A name is no target, or a rank is not in the bank. Nothing has changed then.
+        """
+        for name, rank in ranks.items():
+            if name not in self._modules:
+                raise InvalidInput(f"{name} is not a target of this model.", target=name)
+            stored = self._modules[name].stored
+            if rank != self._targets[name].full_rank and not 1 <= rank <= stored:
+                raise InvalidInput(
+                    f"Rank {rank} of {name} is neither dense ({self._targets[name].full_rank}) "
+                    f"nor in the bank (1 to {stored}).",
+                    target=name,
+                    rank=rank,
+                )
+        for name, module in self._modules.items():
+            rank = ranks.get(name, self._targets[name].full_rank)
+            module.set_rank(None if rank == self._targets[name].full_rank else rank)
+
+    def set_dense(self) -> None:
+        """Runs every target dense."""
+        self.set_ranks({})
+
+    def close(self) -> None:
+        """Puts the original modules back."""
+        for name, module in self._modules.items():
+            self.model.set_submodule(name, module.dense)
+        self._modules = {}
+
+    def __enter__(self) -> PrefixModel:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()

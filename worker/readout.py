@@ -1,0 +1,113 @@
+"""The last step of a language model, from final hidden states to logits, apart from the blocks that come before.
+
+Whoever needs logits takes them in small token chunks from here, so that `tokens x vocabulary` never exists at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.search.errors import UnsupportedModel
+
+
+class Readout:
+    """Splits a causal language model into `hidden` (embedding and blocks) and `logits` (everything after).
+
+    Some families do more than one matrix product after the blocks: they cap, scale or shift logits. Construction
+    compares, on a few tokens, the product alone with the model's own logits; where they differ the model's own code
+    runs on given hidden states (`linear` is then False): correct and a little slower.
+
+    Attributes:
+        head: The output projection when `linear`, None otherwise.
+        vocabulary: Number of logits per token.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        """Looks at how the model makes logits.
+
+        Args:
+            model: A causal language model in eval mode.
+            ids: Token ids, `1 x tokens` or more; the first few are used for the comparison.
+
+        Raises:
+            UnsupportedModel: The model's logits cannot be had from its final hidden states.
+        """
+        self._model = cast(Any, model)
+        self._path = getattr(model, "base_model_prefix", "")
+        self.head: nn.Linear | None = None
+        if not isinstance(getattr(model, self._path or " ", None), nn.Module):
+            raise UnsupportedModel(f"{type(model).__name__} has no base model under its output head.")
+        self.device = next(model.parameters()).device
+        ids = ids[:1, :8].to(self.device)
+        expected = self._model(input_ids=ids, use_cache=False).logits
+        hidden = self.hidden(ids)
+        self.vocabulary = int(expected.shape[-1])
+        head = self._model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and _same(head(hidden), expected):
+            self.head = head
+        elif not _same(self._own(hidden), expected):
+            raise UnsupportedModel(f"The logits of {type(model).__name__} do not follow from its final hidden states.")
+
+    @property
+    def linear(self) -> bool:
+        """Whether logits are exactly `head(hidden)`."""
+        return self.head is not None
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final hidden states, `batch x tokens x d`, of token ids `batch x tokens`."""
+        return _last_hidden(getattr(self._model, self._path)(input_ids=ids.to(self.device), use_cache=False))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `tokens x vocabulary`, in the model's dtype, of hidden states `tokens x d`."""
+        if self.head is not None:
+            logits: Tensor = self.head(hidden)
+            return logits
+        return self._own(hidden.unsqueeze(0)).squeeze(0)
+
+    def _own(self, hidden: Tensor) -> Tensor:
+        with _replaced(self._model, self._path, _Given(hidden)):
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+class _Given(nn.Module):
+    """Stands in for the base model and returns hidden states that were computed before."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+
+
+@contextmanager
+def _replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    original = getattr(model, name)
+    setattr(model, name, module)
+    try:
+        yield
+    finally:
+        setattr(model, name, original)
+
+
+def _last_hidden(output: Any) -> Tensor:
+    hidden: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return hidden
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    # values that are not finite are for others to report: here they count as equal
+    a, b, eps = a.float().nan_to_num(), b.float().nan_to_num(), torch.finfo(b.dtype).eps
+    return bool((a - b).abs().max() <= 8 * eps * b.abs().max().clamp(min=1e-30))

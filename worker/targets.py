@@ -1,0 +1,118 @@
+"""Finds the matrices that may be compressed, by the structure of a model and never by its family's name.
+
+A decoder keeps its repeated blocks in an `nn.ModuleList`. The outermost such lists that hold an `nn.Linear` are the
+blocks; every `nn.Linear` beneath them is a target. Embeddings and the output head are not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ranksearch.search.errors import BrokenWeights, UnsupportedModel
+from ranksearch.search.targets import Target
+
+
+def find_targets(model: nn.Module) -> tuple[Target, ...]:
+    """Lists the targets of a model in the order of its modules.
+
+    A matrix for which not even rank 1 saves a parameter (a gate with one output, say) is left out: it can only be
+    dense.
+
+    Args:
+        model: Any causal language model.
+
+    Returns:
+        One `Target` for each matrix; `kind` is the path below the block, with the places in inner lists (experts)
+        left out.
+
+    Raises:
+        UnsupportedModel: No target exists, or the weights are quantized or factored already.
+    """
+    family = type(model).__name__
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        raise UnsupportedModel(f"{family} is already quantized or compressed; submit the original checkpoint.")
+    excluded = _embeddings(model)
+    stacks = _stacks(model)
+    targets = []
+    for path, stack in stacks.items():
+        prefix = f"{path}." if len(stacks) > 1 else ""
+        for depth, block in enumerate(stack):
+            for below, module in block.named_modules():
+                if not isinstance(module, nn.Linear) or id(module) in excluded:
+                    continue
+                name = f"{path}.{depth}.{below}" if below else f"{path}.{depth}"
+                _check_plain(name, module)
+                target = Target(
+                    name=name,
+                    out_features=module.out_features,
+                    in_features=module.in_features,
+                    kind=prefix + _kind(block, below),
+                    depth=depth,
+                )
+                if target.break_even >= 1:
+                    targets.append(target)
+    if not targets:
+        raise UnsupportedModel(
+            f"{family} has no nn.Linear in a list of repeated blocks, so there is nothing to compress. "
+            "Fused expert tensors and Conv1D weights are not supported yet.",
+            model=family,
+        )
+    return tuple(targets)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses a model with NaN or infinite parameters.
+
+    Raises:
+        BrokenWeights: Names the first tensor that is not finite (`data["tensor"]`).
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        # min and max carry NaN and Inf through and, unlike isfinite(), allocate nothing
+        if parameter.numel() and not bool(torch.stack(torch.aminmax(parameter.detach())).isfinite().all()):
+            raise BrokenWeights(
+                f"The weight {name} holds NaN or infinite values; download the checkpoint again or repair it.",
+                tensor=name,
+            )
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    stacks: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and any(isinstance(m, nn.Linear) for m in module.modules()):
+            stacks[path] = module
+    return stacks
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    found = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if module is not None:
+            found.add(id(module))
+    return found
+
+
+def _check_plain(name: str, module: nn.Linear) -> None:
+    plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
+    if not plain or not module.weight.is_floating_point():
+        raise UnsupportedModel(
+            f"{name} is a {type(module).__name__} with {module.weight.dtype} weights, not a plain nn.Linear; "
+            "submit the original, unquantized checkpoint.",
+            target=name,
+        )
+
+
+def _kind(block: nn.Module, below: str) -> str:
+    parts, module = [], block
+    for part in below.split(".") if below else []:
+        if not isinstance(module, nn.ModuleList):
+            parts.append(part)
+        module = module.get_submodule(part)
+    return ".".join(parts) or type(block).__name__
