@@ -1,8 +1,8 @@
 """Artifacts: files named by their content, shared by the jobs that use them.
 
-A blob lies at `blobs/sha256/<aa>/<sha256>`. Table `blob_use` says which jobs need it; table `artifact` finds calibrations
-and factor banks by fingerprint. A use is written before the store looks whether the blob is there, and a blob is removed
-under a lock on the uses, so a blob in use is never removed.
+A blob lies at `blobs/sha256/<aa>/<sha256>`. Table `blob_use` says which jobs need it; table `artifact` finds
+calibrations and factor banks by fingerprint. A use is written before the store looks whether the blob is there, and a
+blob is removed under a lock on the uses, so a blob in use is never removed.
 """
 
 from __future__ import annotations

@@ -122,6 +122,12 @@ class Jobs:
             row = connection.execute(query).one_or_none()
         return row is None or row.cancel_requested or row.status in OVER
 
+    def is_over(self, job_id: str) -> bool:
+        """Whether the job is finished or gone."""
+        with reading(self.engine) as connection:
+            status = connection.execute(select(table.c.status).where(table.c.id == job_id)).scalar()
+        return status is None or status in OVER
+
     def report(self, job_id: str) -> dict[str, Any] | None:
         """The report, once there is one."""
         query = select(tables.report.c.document).where(tables.report.c.job_id == job_id)

@@ -1,0 +1,63 @@
+"""The Optuna dashboard on the studies of all jobs, for reading only.
+
+Its pages ask for absolute paths, so it cannot live under a prefix: it is mounted at the root, after our own routes, and
+gets exactly the paths that are its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import optuna
+import optuna_dashboard
+from a2wsgi import WSGIMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import RedirectResponse
+from starlette.routing import Match, Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ranksearch.service.problems import problem
+
+_FOLDERS: Final = ("/dashboard", "/static", "/csv", "/api/meta", "/api/studies", "/api/trials", "/api/artifacts")
+_PAGES: Final = ("/", "/favicon.ico")
+
+
+def owns(path: str) -> bool:
+    """Whether a path is the dashboard's."""
+    return path in _PAGES or any(path == folder or path.startswith(f"{folder}/") for folder in _FOLDERS)
+
+
+class Dashboard(Mount):
+    """A route that takes the dashboard's paths and leaves all others to be 404 or 405 as usual."""
+
+    def __init__(self, storage: optuna.storages.RDBStorage) -> None:
+        wsgi: Any = WSGIMiddleware(optuna_dashboard.wsgi(storage))
+        # Its API sends megabytes of JSON uncompressed.
+        super().__init__("", app=ReadOnly(GZipMiddleware(wsgi, minimum_size=1024)), name="dashboard")
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Take our paths only."""
+        if scope["type"] != "http" or not owns(scope["path"]):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+class ReadOnly:
+    """Refuses whatever could change a study: the dashboard itself can delete, rename and tell."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in ("GET", "HEAD"):
+            refusal = problem(
+                403,
+                "dashboard_read_only",
+                "the dashboard is for looking; change jobs through /v1/jobs",
+                headers={"Allow": "GET, HEAD"},
+            )
+            await refusal(scope, receive, send)
+        elif scope["path"] == "/":
+            await RedirectResponse("/dashboard/", 302)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)

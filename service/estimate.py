@@ -1,0 +1,208 @@
+"""What a job would take and give, before anything runs: arithmetic on shapes. A guess errs upwards."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from pydantic import BaseModel, Field
+
+from ranksearch.search.errors import RanksearchError
+from ranksearch.search.space import RankSpace
+from ranksearch.search.spec import JobSpec
+from ranksearch.search.targets import Target
+from ranksearch.service.models import BYTES_PER_ELEMENT, Tensors, find_targets
+from ranksearch.service.problems import at
+
+_WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TRIAL_TOKENS_AT_ONCE: Final = 4096
+_SVD_OPERATIONS: Final = 25  # of one m x n decomposition, in units of m n min(m, n): two eigendecompositions and an SVD
+
+
+class Parameters(BaseModel):
+    """Counts of numbers."""
+
+    model: int
+    targets: int
+
+
+class TargetKind(BaseModel):
+    """Matrices of one kind and shape."""
+
+    kind: str
+    count: int
+    out_features: int
+    in_features: int
+    break_even_rank: int = Field(description="The largest rank whose factors are smaller than the dense matrix.")
+
+
+class BudgetEstimate(BaseModel):
+    """What one budget leaves."""
+
+    kept: float
+    target_parameters: int
+    model_parameters: int
+    checkpoint_bytes: int
+
+
+class Memory(BaseModel):
+    """Peaks in bytes on the worker's device."""
+
+    model_bytes: int
+    calibrate_bytes: int
+    factor_bytes: int
+    trial_bytes: int
+
+
+class Disk(BaseModel):
+    """Bytes in the artifact store."""
+
+    calibration_bytes: int
+    factor_bank_bytes: int
+    checkpoints_bytes: int
+    total_bytes: int
+
+
+class Estimate(BaseModel):
+    """What a job would take and give."""
+
+    parameters: Parameters
+    model_bytes: int
+    minimum_kept: float = Field(description="The smallest budget that can be asked for.")
+    break_even: list[TargetKind]
+    budgets: list[BudgetEstimate]
+    memory: Memory
+    disk: Disk
+    minutes: dict[str, float] | None = Field(description="Per stage; null while no worker has measured its speed.")
+
+
+def rank_space(spec: JobSpec, tensors: Tensors) -> RankSpace:
+    """The rank vectors the job may use.
+
+    Raises:
+        UnsupportedModel: Nothing to compress.
+        InvalidInput: A pattern of `keep_dense` matches no target.
+    """
+    with at("/model/source"):
+        targets = find_targets(tensors)
+    with at("/method/keep_dense"):
+        return RankSpace(
+            targets=targets, rank_multiple=spec.method.rank_multiple, keep_dense=tuple(spec.method.keep_dense)
+        )
+
+
+def check_budgets(spec: JobSpec, space: RankSpace) -> None:
+    """Refuse impossible budgets, each with its place and the smallest that works.
+
+    Raises:
+        ImpossibleBudget: No rank vector meets one of them.
+    """
+    for place, kept in enumerate(spec.budget.kept):
+        with at(f"/budget/kept/{place}"):
+            space.check_budget(kept)
+
+
+def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
+    """Everything at once; `flops` is the speed of the fastest worker, operations per second."""
+    space = rank_space(spec, tensors)
+    check_budgets(spec, space)
+    model = sum(tensor.parameters for tensor in tensors.values())
+    stored = sum(tensor.size for tensor in tensors.values())
+    width = _WIDTH.get(spec.model.dtype) or max(
+        (BYTES_PER_ELEMENT[t.dtype] for t in tensors.values() if t.dtype in BYTES_PER_ELEMENT), default=2
+    )
+    budgets = [_budget(kept, spec, space, model, width) for kept in spec.budget.kept]
+    memory, disk = _memory(spec, space, model, width), _disk(spec, space, budgets, width)
+    return Estimate(
+        parameters=Parameters(model=model, targets=space.parameters),
+        model_bytes=stored,
+        minimum_kept=_minimum_kept(space),
+        break_even=_break_even(space.targets),
+        budgets=budgets,
+        memory=memory,
+        disk=disk,
+        minutes=_minutes(spec, space, model, flops) if flops else None,
+    )
+
+
+def _budget(kept: float, spec: JobSpec, space: RankSpace, model: int, width: int) -> BudgetEstimate:
+    targets = space.budget(kept)
+    remaining = model - space.parameters + targets
+    written = _WIDTH.get(spec.export.dtype, width)
+    return BudgetEstimate(
+        kept=kept, target_parameters=targets, model_parameters=remaining, checkpoint_bytes=remaining * written
+    )
+
+
+def _minimum_kept(space: RankSpace) -> float:
+    try:
+        space.check_budget(space.minimum / space.parameters / 2)
+    except RanksearchError as error:
+        return float(error.data["minimum_kept"])
+    return space.minimum / space.parameters
+
+
+def _break_even(targets: Iterable[Target]) -> list[TargetKind]:
+    counts: dict[tuple[str, int, int, int], int] = defaultdict(int)
+    for target in targets:
+        counts[target.kind, target.out_features, target.in_features, target.break_even] += 1
+    return [
+        TargetKind(kind=kind, count=count, out_features=rows, in_features=columns, break_even_rank=rank)
+        for (kind, rows, columns, rank), count in counts.items()
+    ]
+
+
+def _moment_numbers(spec: JobSpec, targets: Sequence[Target]) -> int:
+    """Entries of all second moments: inputs once per group that shares them, output gradients per target."""
+    if spec.method.metric == "weight":
+        return 0
+    groups = {(t.depth, t.name.rpartition(".")[0], t.in_features) for t in targets}
+    inputs = sum(columns**2 for *_, columns in groups)
+    gradients = sum(t.out_features**2 for t in targets) if spec.method.metric == "two_sided" else 0
+    return inputs + gradients
+
+
+def _bank_numbers(targets: Sequence[Target]) -> int:
+    return sum(t.full_rank * t.marginal for t in targets)
+
+
+def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
+    weights = model * width
+    widest = max(max(t.in_features, t.out_features) for t in space.targets)
+    activations = _TRIAL_TOKENS_AT_ONCE * widest * 16 * width
+    calibrate = weights + 4 * _moment_numbers(spec, space.targets) + activations
+    factor = weights + max(8 * 6 * max(t.in_features, t.out_features) ** 2 for t in space.targets)
+    trial = weights + width * _bank_numbers(space.targets) + activations
+    return Memory(model_bytes=weights, calibrate_bytes=calibrate, factor_bytes=factor, trial_bytes=trial)
+
+
+def _disk(spec: JobSpec, space: RankSpace, budgets: Sequence[BudgetEstimate], width: int) -> Disk:
+    calibration = 4 * _moment_numbers(spec, space.targets)
+    bank = width * _bank_numbers(space.targets)
+    checkpoints = sum(budget.checkpoint_bytes for budget in budgets)
+    return Disk(
+        calibration_bytes=calibration,
+        factor_bank_bytes=bank,
+        checkpoints_bytes=checkpoints,
+        total_bytes=calibration + bank + checkpoints,
+    )
+
+
+def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[str, float]:
+    """Operations / speed: 2 per parameter and token forward, twice that backward."""
+    calibration, evaluation = spec.calibration, spec.evaluation
+    tokens = calibration.sequences * calibration.sequence_length
+    evaluated = evaluation.sequences * (evaluation.sequence_length or calibration.sequence_length)
+    tested = sum((test.sequences or 512) * calibration.sequence_length for test in evaluation.test)
+    passes = {"weight": 0, "feature": 2, "two_sided": 6}[spec.method.metric]
+    targets = space.targets
+    trial = [2 * evaluated * (model - space.parameters + space.budget(kept)) for kept in spec.budget.kept]
+    operations = {
+        "calibrate": tokens * (passes * model + 2 * _moment_numbers(spec, targets)),
+        "factor": sum(_SVD_OPERATIONS * t.parameters * t.full_rank for t in targets),
+        "search": spec.search.trials * sum(trial) + 2 * evaluated * model,
+        "finish": 4 * (tested + evaluated) * model * len(spec.budget.kept),
+    }
+    minutes = {stage: round(count / flops / 60, 3) for stage, count in operations.items()}
+    return {**minutes, "total": round(sum(minutes.values()), 3)}
