@@ -57,7 +57,8 @@ class FactoredLinear(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
-        return self.left(self.right(features))
+        projected: Tensor = self.left(self.right(features))
+        return projected
 
     @property
     def weight(self) -> Tensor:
@@ -123,7 +124,7 @@ class RanksearchConfig(QuantizationConfigMixin):
         return {name: entry for name, entry in self.targets.items() if entry["form"] == "factored"}
 
 
-class RanksearchQuantizer(HfQuantizer):  # type: ignore[misc]
+class RanksearchQuantizer(HfQuantizer):
     """Swaps the targets' modules before transformers loads the weights; the weights themselves are ordinary."""
 
     requires_calibration = False

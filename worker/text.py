@@ -2,8 +2,8 @@
 
 The column's texts are joined by a blank line (a text file: its content as it is), tokenised once without special tokens
 and cut into consecutive blocks. Calibration and evaluation blocks are the first and the next blocks of a seeded
-permutation; a test set is the first blocks of its text. `datasets` is imported when a dataset is read; it never runs code
-from one.
+permutation; a test set is the first blocks of its text. `datasets` is imported when a dataset is read; it never runs
+code from one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,293 @@
+"""The report of a job: the proof that comes with its checkpoints, as one JSON document and as a model card.
+
+Plain functions on plain values; nothing here needs torch. `ranksearch.json` of a checkpoint is the job's report with
+that checkpoint's budget alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ranksearch.search.space import RankSpace
+from ranksearch.search.spec import budget_label
+
+VERSION = 1
+ROWS = ("dense", "uniform", "prior", "best", "final")
+LIBRARIES = (
+    "ranksearch",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "optuna",
+    "botorch",
+)
+
+
+def build_report(
+    *, job: str, spec: Mapping[str, Any], fingerprints: Mapping[str, Any], budgets: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The document of `GET /v1/jobs/{id}/report`.
+
+    Args:
+        job: The job's id.
+        spec: Its spec.
+        fingerprints: `model`, `dataset`, `sequences`; the versions of the libraries are added.
+        budgets: One `build_budget` each.
+    """
+    document: dict[str, Any] = _plain(
+        {
+            "version": VERSION,
+            "job": job,
+            "spec": spec,
+            "fingerprints": {**fingerprints, "libraries": libraries()},
+            "budgets": list(budgets),
+        }
+    )
+    return document
+
+
+def build_budget(
+    *,
+    kept: float,
+    space: RankSpace,
+    ranks: Mapping[str, int],
+    spectra: Mapping[str, np.ndarray[Any, Any]],
+    facts: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, int],
+    bytes: Mapping[str, int],
+    speed: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    history: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What one budget of a job came to.
+
+    Args:
+        kept: The budget asked for.
+        space: The job's rank space.
+        ranks: Rank of each target in the checkpoint.
+        spectra: Singular values of each target in the metric, descending; predicted loss is the sum of the squares of
+            those left out.
+        facts: What factoring says about each target (damping, effective rank, tokens, ...).
+        scores: Row (dense, uniform, prior, best, final) to `evaluation` and `test` scores.
+        parameters: `targets`, `targets_dense`, `model`, `model_dense`.
+        bytes: `disk`, `disk_dense`, `loaded`, `loaded_dense`.
+        speed: `device`, `before`, `after`.
+        seconds: Of each stage.
+        history: The trials.
+    """
+    document: dict[str, Any] = _plain(
+        {
+            "kept": kept,
+            "kept_exact": space.kept(space.from_dict(dict(ranks))),
+            "targets": {
+                target.name: {
+                    **facts.get(target.name, {}),
+                    "shape": [target.out_features, target.in_features],
+                    "form": "dense" if ranks[target.name] >= target.full_rank else "factored",
+                    "rank": ranks[target.name],
+                    "predicted_loss": float(np.square(spectra[target.name][ranks[target.name] :]).sum()),
+                }
+                for target in space.targets
+            },
+            "scores": {row: scores[row] for row in ROWS if row in scores},
+            "parameters": parameters,
+            "bytes": bytes,
+            "speed": speed,
+            "seconds": seconds,
+            "history": history,
+        }
+    )
+    return document
+
+
+def with_budget(report: Mapping[str, Any], kept: float) -> dict[str, Any]:
+    """The report of one checkpoint: the job's with this budget alone."""
+    return {**report, "budgets": [budget for budget in report["budgets"] if budget["kept"] == kept]}
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_documents(folder: str | Path, report: Mapping[str, Any], *, source_card: str | None = None) -> None:
+    """Put `ranksearch.json` and `README.md` into a checkpoint's folder.
+
+    Args:
+        folder: The checkpoint.
+        report: A report with one budget.
+        source_card: Text of the original model's README, for its licence.
+    """
+    _write(Path(folder) / "ranksearch.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(Path(folder) / "README.md", model_card(report, source_card=source_card))
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, "utf-8")
+    os.replace(draft, path)
+
+
+def model_card(report: Mapping[str, Any], *, source_card: str | None = None) -> str:
+    """The README of a checkpoint: where it comes from, how to load it, what it lost and what it saves."""
+    (budget,) = report["budgets"]
+    spec = report["spec"]
+    source = spec["model"]["source"]
+    local = Path(source).is_absolute() or source.startswith((".", "~"))
+    name = Path(source).name if local else source
+    return "\n".join(
+        [
+            *_front_matter(None if local else source, source_card),
+            "",
+            f"# {name}, {budget_label(budget['kept'])} of its parameters kept",
+            "",
+            f"Low-rank version of `{name}` made by ranksearch: the weight matrices of its decoder blocks keep "
+            f"{budget['kept_exact']:.4f} of their parameters, most of them as a product of two thin matrices. How much each "
+            "matrix keeps was found by a Bayesian search.",
+            "",
+            *_usage(),
+            *_scores(budget),
+            *_sizes(budget),
+            *_origin(report, budget),
+        ]
+    )
+
+
+def _front_matter(base: str | None, source_card: str | None) -> list[str]:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if base is not None:
+        lines += [f"base_model: {base}"]
+    lines += _licence(source_card)
+    return [*lines, "tags:", "- ranksearch", "- low-rank", "- compressed", "---"]
+
+
+def _licence(card: str | None) -> list[str]:
+    """The licence lines of a model card's front matter; they hold for what is derived from the model."""
+    block = re.match(r"---\s*\n(.*?)\n---", card or "", re.DOTALL)
+    if block is None:
+        return []
+    return re.findall(r"^license(?:_name|_link)?:[ \t]*[^\s\[{&*|>].*$", block[1], re.MULTILINE)
+
+
+def _usage() -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import ranksearch.worker.loading  # pip install ranksearch; needs no trust_remote_code",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+        "```",
+        "",
+    ]
+
+
+def _scores(budget: Mapping[str, Any]) -> list[str]:
+    rows = budget["scores"]
+    texts = list(dict.fromkeys(label for row in rows.values() for label in row.get("test", {})))
+    columns = ["evaluation", *texts]
+    head = "| | kept | " + " | ".join(f"{_cell(c)}: perplexity | KL" for c in columns) + " |"
+    lines = ["## Quality", "", head, "|---|---|" + "---:|" * (2 * len(columns))]
+    for row, scores in rows.items():
+        found = [scores.get("evaluation") or {}, *((scores.get("test") or {}).get(text) or {} for text in texts)]
+        figures = " | ".join(f"{_number(f.get('perplexity'), 3)} | {_number(f.get('kl'), 4)}" for f in found)
+        lines.append(f"| {row} | {'1' if row == 'dense' else budget_label(budget['kept'])} | {figures} |")
+    return [
+        *lines,
+        "",
+        "*dense* is the original model; *uniform* keeps the same share of every matrix; *prior* is the closed-form "
+        "allocation that the search starts from; *best* is what the search found; *final* is this checkpoint, read "
+        "back from its files. KL is the mean divergence from the dense model per token, in nats. The evaluation text "
+        "drove the search; the other texts were read once, at the end.",
+        "",
+    ]
+
+
+def _sizes(budget: Mapping[str, Any]) -> list[str]:
+    parameters, held, speed = budget["parameters"], budget["bytes"], budget.get("speed") or {}
+    before, after = speed.get("before") or {}, speed.get("after") or {}
+    lines = [
+        "## Size and speed",
+        "",
+        "| | original | this checkpoint |",
+        "|---|---:|---:|",
+        f"| parameters of the compressed matrices | {parameters['targets_dense']:,} | {parameters['targets']:,} |",
+        f"| parameters of the model | {parameters['model_dense']:,} | {parameters['model']:,} |",
+        f"| weights on disk, bytes | {held['disk_dense']:,} | {held['disk']:,} |",
+        f"| weights in memory, bytes | {held['loaded_dense']:,} | {held['loaded']:,} |",
+    ]
+    for key, words in (
+        ("prefill_tokens_per_second", "reading, tokens/s"),
+        ("decode_tokens_per_second", "writing, tokens/s"),
+        ("peak_memory_bytes", "peak memory, bytes"),
+    ):
+        if key in before and key in after:
+            lines.append(f"| {words} | {_number(before[key], 0)} | {_number(after[key], 0)} |")
+    if before:
+        length = f"prompt of {before['prompt_tokens']} tokens" if "prompt_tokens" in before else "one prompt"
+        lines += ["", f"Speed: one sequence, {length}, both models on the same {_cell(speed.get('device', 'device'))}."]
+    return [*lines, ""]
+
+
+def _origin(report: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
+    spec, fingerprints = report["spec"], report["fingerprints"]
+    calibration, method, search = spec["calibration"], spec["method"], spec["search"]
+    versions = ", ".join(f"{name} {version}" for name, version in fingerprints["libraries"].items())
+    done = sum(1 for trial in budget["history"] if str(trial.get("state", "")).lower() == "complete")
+    return [
+        "## Origin",
+        "",
+        f"Job `{report['job']}`: metric `{method['metric']}`, {calibration['sequences']} calibration sequences of "
+        f"{calibration['sequence_length']} tokens, {done} trials completed by sampler `{search['sampler']}`, seed "
+        f"{search['seed']}. Model fingerprint `{str(fingerprints.get('model'))[:16]}`. {versions}.",
+        "",
+        "`ranksearch.json` beside this file holds the whole spec, every matrix's rank and the search history.",
+        "",
+    ]
+
+
+def _number(value: Any, digits: int) -> str:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{value:,.{digits}f}" if abs(value) < 1e7 or digits == 0 else f"{value:.3e}"
+
+
+def _cell(text: Any) -> str:
+    return " ".join(str(text).replace("|", "/").split())
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: numpy's numbers as Python's, and what is not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
