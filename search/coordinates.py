@@ -19,6 +19,8 @@ from ranksearch.search.targets import Target
 
 BOUND = 1.5
 """Tilts lie within +- this; a factor of exp(1.5) = 4.5 in loss."""
+RANKS = "ranks"
+"""The trial's user attribute that holds the rank vector itself, packed."""
 _MOST_KINDS = 11
 DEPTH = "tilt depth"
 

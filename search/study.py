@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,12 +25,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.allocate import Allocator
-from ranksearch.search.coordinates import BOUND, Coordinates
+from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search, budget_label
 from ranksearch.search.targets import Target
 
-RANKS = "ranks"
 _RESULT = "result"
 _SPACE = "ranksearch:space"
 _STATES = {
@@ -147,7 +147,10 @@ class RankStudy:
         )
         self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
         self._describe(job_id, model)
-        self._pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05) if spec.pruner == "wilcoxon" else None
+        self._pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if spec.pruner == "wilcoxon":
+            with _stable():
+                self._pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05)
 
     @property
     def finished(self) -> int:
@@ -224,7 +227,7 @@ class RankStudy:
         if trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, step, float(value))
-        if self._pruner is None or trial.user_attrs.get("origin") != "search":
+        if trial.user_attrs.get("origin") != "search":
             return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -268,8 +271,7 @@ class RankStudy:
             case "tpe":
                 return optuna.samplers.TPESampler(seed=seed)
             case "gp":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                with _stable():
                     return optuna.samplers.GPSampler(seed=seed)
         from ranksearch.search.sampler import RankSampler
 
@@ -337,8 +339,7 @@ class RankStudy:
         """What the dashboard shows about the study, and the table that unpacks its vectors; written once."""
         if _SPACE in self._storage.get_study_system_attrs(self._study_id):
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _stable():
             self._study.set_metric_names([self.spec.objective])
         facts = {"job": job_id, "model": model, "kept": self.kept, "targets": len(self.space.targets)}
         for key, value in {**facts, "objective": self.spec.objective, "dense score": self.dense_score}.items():
@@ -351,6 +352,14 @@ class RankStudy:
             "keep_dense": list(self.space.keep_dense),
         }
         self._storage.set_study_system_attr(self._study_id, _SPACE, json.loads(json.dumps(table)))
+
+
+@contextmanager
+def _stable() -> Iterator[None]:
+    """Parts of Optuna that we rely on are marked experimental; users of this project need not hear of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -159,4 +160,5 @@ def test_the_light_modules_import_without_torch_and_botorch() -> None:
         "import sys; sys.modules['torch'] = sys.modules['botorch'] = sys.modules['gpytorch'] = None\n"
         "import ranksearch.search.space, ranksearch.search.spec, ranksearch.search.study\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,254 @@
+"""The default sampler: learn how the prior errs, then water-fill exactly.
+
+Every proposal is a vector of a pool of water-filled candidates, so it is feasible and uses the budget exactly:
+
+    greedy     the mode of the log sensitivities z, and the same stretched and shrunk
+    draws      water-filled draws of z from its posterior (Thompson), and half-way between mode and draw
+    swaps      the best trial so far with a few targets pushed up or down
+
+The pool member of the largest log expected improvement under sensitivities plus residual is proposed; every third one
+the first Thompson draw, which keeps looking where the model is unsure. A vector that some trial has is never proposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+from ranksearch.search.allocate import Allocator
+from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
+from ranksearch.search.residual import inputs, log_improvement, residual_process
+from ranksearch.search.space import Floats, Ranks
+from ranksearch.search.surrogate import Observations, SensitivityModel
+
+_STRETCH = (1.0, 0.7, 1.3, 0.4, 1.7)
+_DRAWS = 20
+_SWAPS = 12
+_MOST_TRIALS = 320
+_PARTIAL_SPREAD = 2.0
+_SIBLING_SPREAD = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """A trial that has a score: its vector, excess loss in nats, spread and study (see `Observations`)."""
+
+    number: int
+    ranks: Ranks
+    excess: float
+    spread: float
+    group: int
+
+
+class RankSampler(optuna.samplers.BaseSampler):
+    """Proposes rank vectors from learned sensitivities.
+
+    It stands for a vector by its named tilts and leaves the vector itself, packed, in the trial's user attribute
+    `ranks`.
+    """
+
+    def __init__(
+        self,
+        *,
+        allocator: Allocator,
+        kept: float,
+        seed: int,
+        dense_score: float,
+        objective: Literal["perplexity", "kl"] = "perplexity",
+        siblings: Sequence[Sequence[FrozenTrial]] = (),
+    ) -> None:
+        """Set what a proposal depends on besides the trials.
+
+        Args:
+            allocator: Space and spectra.
+            kept: The budget.
+            seed: A proposal is a function of the seed, the trial number and the trials told.
+            dense_score: Score of the dense model: perplexity, or 0 for `kl`.
+            objective: What a trial's value is.
+            siblings: Trials of the same job at other budgets; the sensitivities are shared.
+        """
+        self._allocator, self._space, self._kept, self._seed = allocator, allocator.space, kept, seed
+        self._dense_score, self._objective, self._siblings = dense_score, objective, siblings
+        self._coordinates = Coordinates(allocator.space.targets)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All tilts, always together."""
+        return {name: FloatDistribution(-BOUND, BOUND) for name in self._coordinates.names}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The tilts of the proposed vector; the vector goes into the user attribute."""
+        trials = study.get_trials(deepcopy=False)
+        ranks = self.propose([t for t in trials if t.number != trial.number], trial.number)
+        study._storage.set_trial_user_attr(trial._trial_id, RANKS, self._space.pack(ranks))
+        return self._coordinates.project(self._allocator.tilts(ranks))
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Zero, the prior's tilt: a parameter that is not a tilt cannot be told anything."""
+        return param_distribution.to_external_repr(0.0)
+
+    def propose(self, trials: Sequence[FrozenTrial], number: int) -> Ranks:
+        """The vector to evaluate as trial `number`, `(d,)`; one that a trial has only if the whole pool is taken."""
+        rng = np.random.default_rng([self._seed, number])
+        told = self._told(trials)
+        packed = {trial.user_attrs.get(RANKS) for trial in trials}
+        if not any(t.group == 0 for t in told):
+            return self._blind(rng, packed)
+        with _one_thread():
+            return self._learned(trials, told, packed, number)
+
+    def _learned(self, trials: Sequence[FrozenTrial], told: list[_Told], taken: set[Any], number: int) -> Ranks:
+        state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(state))
+        seen = self._observations(told)
+        model = SensitivityModel(self._coordinates, seen)
+        mode = model.z.numpy()
+        draws = model.draw(_DRAWS, generator).numpy()
+        pool = self._pool(mode, draws, self._best(told), np.random.default_rng([self._seed, number, 1]))
+        fresh = [ranks for ranks in pool if self._space.pack(ranks) not in taken]
+        if not fresh:
+            return pool[0]
+        if number % 3 == 2:
+            thompson = self._allocator.waterfill(self._kept, draws[0])
+            if self._space.pack(thompson) not in taken:
+                return thompson
+        pending = [self._space.unpack(t.user_attrs[RANKS]) for t in trials if t.state == TrialState.RUNNING]
+        improvement = self._improvement(model, seen, told, pending, fresh)
+        return fresh[int(improvement.argmax())]
+
+    def _improvement(
+        self, model: SensitivityModel, seen: Observations, told: list[_Told], pending: list[Ranks], pool: list[Ranks]
+    ) -> Tensor:
+        """Log expected improvement of the pool; pending trials count as told what the model expects of them."""
+        tails = torch.as_tensor(self._allocator.tail_loss(np.stack([*pending, *pool])))
+        mean, features = model.features(tails)
+        others = inputs(mean, features, self._summary([*pending, *pool]))
+        train = inputs(*model.features(seen.tails, seen.group), self._summary([t.ranks for t in told]))
+        expected = model.predict(tails[: len(pending)])
+        waiting = len(pending)
+        process = residual_process(
+            torch.cat([train, others[:waiting]]),
+            torch.cat([seen.values, expected]),
+            model.noise * torch.cat([seen.spread, torch.ones(waiting, dtype=torch.float64)]),
+            width=len(self._coordinates.names),
+        )
+        complete = (seen.group == 0) & (seen.spread == 1.0)
+        own = seen.values[complete] if bool(complete.any()) else seen.values[seen.group == 0]
+        return log_improvement(process, others[waiting:], float(own.min()))
+
+    def _pool(self, mode: Floats, draws: Floats, best: Ranks, rng: np.random.Generator) -> list[Ranks]:
+        """Different candidates, the greedy one first."""
+        weights = [stretch * mode for stretch in _STRETCH]
+        weights += list(draws) + [(mode + draw) / 2 for draw in draws[: _DRAWS // 2]]
+        near = self._allocator.tilts(best)
+        for _ in range(_SWAPS):
+            push = np.zeros(len(mode))
+            chosen = rng.choice(len(mode), size=min(4, len(mode)), replace=False)
+            push[chosen] = 0.5 * rng.standard_normal(len(chosen))
+            weights.append(near + push)
+        vectors = [self._allocator.waterfill(self._kept, z) for z in weights]
+        return list({self._space.pack(ranks): ranks for ranks in vectors}.values())
+
+    def _blind(self, rng: np.random.Generator, taken: set[Any]) -> Ranks:
+        """A random kind-wise tilt of the prior, for a study in which nothing has been told yet."""
+        for _ in range(_DRAWS):
+            tilts = {name: 0.3 * rng.standard_normal() for name in self._coordinates.names}
+            ranks = self._allocator.waterfill(self._kept, self._coordinates.log_weights(tilts))
+            if self._space.pack(ranks) not in taken:
+                break
+        return ranks
+
+    def _summary(self, vectors: Sequence[Ranks]) -> Tensor:
+        """x, the tilts of each vector, `m x k`."""
+        rows = [list(self._coordinates.project(self._allocator.tilts(ranks)).values()) for ranks in vectors]
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self._coordinates.names))
+
+    def _best(self, told: list[_Told]) -> Ranks:
+        own = [t for t in told if t.group == 0]
+        complete = [t for t in own if t.spread == 1.0]
+        return min(complete or own, key=lambda t: (t.excess, t.number)).ranks
+
+    def _observations(self, told: list[_Told]) -> Observations:
+        """y = log(excess + c), with c > 0 only where some excess is not positive."""
+        excess = torch.tensor([t.excess for t in told], dtype=torch.float64)
+        if float(excess.min()) <= 0:
+            excess = excess - excess.min() + 0.1 * (excess.max() - excess.min()) + 1e-6
+        return Observations(
+            tails=torch.as_tensor(self._allocator.tail_loss(np.stack([t.ranks for t in told]))),
+            values=excess.log(),
+            spread=torch.tensor([t.spread for t in told], dtype=torch.float64),
+            group=torch.tensor([t.group for t in told]),
+        )
+
+    def _told(self, trials: Sequence[FrozenTrial]) -> list[_Told]:
+        """Scores of this study and its siblings; of very many the best half and the latest half."""
+        told: list[_Told] = []
+        for group, members in enumerate([trials, *self._siblings]):
+            reference = _excesses(members, self._objective, self._dense_score)
+            spread = 1.0 if group == 0 else _SIBLING_SPREAD
+            found = [
+                _Told(
+                    number=trial.number,
+                    ranks=self._space.unpack(trial.user_attrs[RANKS]),
+                    excess=reference[trial.number],
+                    spread=spread * (1.0 if trial.state == TrialState.COMPLETE else _PARTIAL_SPREAD),
+                    group=group,
+                )
+                for trial in members
+                if trial.number in reference
+            ]
+            if len(found) > _MOST_TRIALS:
+                best = sorted(found, key=lambda t: (t.excess, t.number))[: _MOST_TRIALS // 2]
+                numbers = {t.number for t in [*best, *found[-_MOST_TRIALS // 2 :]]}
+                found = [t for t in found if t.number in numbers]
+            told += found
+        return told
+
+
+def _excesses(trials: Sequence[FrozenTrial], objective: str, dense_score: float) -> dict[int, float]:
+    """Trial number -> excess loss over the dense model, nats per token.
+
+    A pruned trial saw only some chunks; its excess is that of the first complete trial that has them all, plus the mean
+    difference over them.
+    """
+    found = {}
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    for trial in complete:
+        assert trial.value is not None
+        found[trial.number] = math.log(trial.value / dense_score) if objective == "perplexity" else trial.value
+    for trial in trials:
+        steps = trial.intermediate_values
+        if trial.state != TrialState.PRUNED or not steps:
+            continue
+        for other in complete:
+            if steps.keys() <= other.intermediate_values.keys():
+                gap = np.mean([steps[s] - other.intermediate_values[s] for s in steps])
+                if np.isfinite(gap):
+                    found[trial.number] = found[other.number] + float(gap)
+                break
+    return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small matrices gain nothing from more threads, and sums come out in the same order on every machine size."""
+    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.random.set_rng_state(state)
