@@ -6,10 +6,11 @@ gets exactly the paths that are its own.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import optuna
-import optuna_dashboard
 from a2wsgi import WSGIMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import RedirectResponse
@@ -31,7 +32,7 @@ class Dashboard(Mount):
     """A route that takes the dashboard's paths and leaves all others to be 404 or 405 as usual."""
 
     def __init__(self, storage: optuna.storages.RDBStorage) -> None:
-        wsgi: Any = WSGIMiddleware(optuna_dashboard.wsgi(storage))
+        wsgi: Any = WSGIMiddleware(OnFirstUse(storage))
         # Its API sends megabytes of JSON uncompressed.
         super().__init__("", app=ReadOnly(GZipMiddleware(wsgi, minimum_size=1024)), name="dashboard")
 
@@ -40,6 +41,23 @@ class Dashboard(Mount):
         if scope["type"] != "http" or not owns(scope["path"]):
             return Match.NONE, {}
         return super().matches(scope)
+
+
+class OnFirstUse:
+    """The WSGI application, loaded by the first request: where torch is installed, it takes torch in with it."""
+
+    def __init__(self, storage: optuna.storages.RDBStorage) -> None:
+        self.storage = storage
+        self._lock = threading.Lock()
+        self._app: Callable[..., Iterable[bytes]] | None = None
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        with self._lock:
+            if self._app is None:
+                import optuna_dashboard
+
+                self._app = optuna_dashboard.wsgi(self.storage)
+        return self._app(environ, start_response)
 
 
 class ReadOnly:
