@@ -8,7 +8,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, cast
@@ -149,8 +149,10 @@ class Client:
     def open(self, url: str, *, offset: int = 0) -> Iterator[httpx.Response]:
         """One streamed answer to a GET from byte `offset` on; the caller reads its body. Not retried."""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        headers["Accept-Encoding"] = "identity"
-        with self._http.stream("GET", url, headers=headers) as response:
+        request = self._http.build_request("GET", self._own(url), headers={**headers, "Accept-Encoding": "identity"})
+        if request.url.host != self._http.base_url.host:
+            request.headers.pop("Authorization", None)  # the token is for our server alone
+        with closing(self._http.send(request, stream=True)) as response:
             if response.status_code >= 400:
                 response.read()
                 raise refusal(response)
@@ -205,6 +207,11 @@ class Client:
                 response.read()
                 raise refusal(response)
             yield from _parse_events(response.iter_lines(), after)
+
+    def _own(self, url: str) -> httpx.URL:
+        """A URL of our server, by the scheme and port that lead to it from here: a proxy may stand between."""
+        target, base = self._http.base_url.join(url), self._http.base_url
+        return target.copy_with(scheme=base.scheme, port=base.port) if target.host == base.host else target
 
     def _unreachable(self, error: Exception) -> ServerUnreachable:
         return ServerUnreachable(

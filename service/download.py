@@ -95,7 +95,7 @@ def _complete(client: Client, file: dict[str, Any], part: Path, seen: Seen) -> s
                     if response.status_code != 206 and have:  # the server does not resume: from the beginning
                         digest, have = hashlib.sha256(), 0
                         out.truncate(0)
-                    for piece in response.iter_bytes(PIECE_BYTES):
+                    for piece in response.iter_raw():  # as it comes, so that a broken piece is kept too
                         out.write(piece)
                         digest.update(piece)
                         have += len(piece)

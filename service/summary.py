@@ -1,13 +1,15 @@
-"""A report as a person reads it: one table of scores, one paragraph per budget."""
+"""Reports and estimates as a person reads them."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ranksearch.search.spec import budget_label
-from ranksearch.service.figures import count, number, size
+from ranksearch.service.figures import count, duration, number, size
 
 ROWS: Final = ("dense", "uniform", "prior", "best", "final")
 
@@ -18,9 +20,7 @@ def score_table(report: dict[str, Any]) -> Table:
     tests = list(
         dict.fromkeys(label for budget in budgets for row in budget["scores"].values() for label in row.get("test", {}))
     )
-    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    grid.add_column("kept", no_wrap=True)
-    grid.add_column("ranks", no_wrap=True)
+    grid = _grid("kept", "ranks")
     for heading in ("evaluation", *tests):
         grid.add_column(f"{heading} perplexity", justify="right")
         grid.add_column("KL", justify="right")
@@ -60,3 +60,49 @@ def budget_line(budget: dict[str, Any]) -> str:
                 f" ({after[key] / before[key]:.2f} times) on {speed.get('device', '?')}"
             )
     return "\n".join(lines)
+
+
+def print_estimate(console: Console, answer: dict[str, Any]) -> None:
+    """What a job would take and give, as tables."""
+    parameters = answer["parameters"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", f"{count(parameters['model'])} parameters, {size(answer['model_bytes'])}")
+    facts.add_row("targets", f"{count(parameters['targets'])} parameters, kept {answer['minimum_kept']:.4g} or more")
+    for part, unit in (("memory", size), ("disk", size), ("minutes", lambda minutes: duration(60 * minutes))):
+        for name, value in (answer[part] or {}).items():
+            facts.add_row(f"{'time' if part == 'minutes' else part}, {_words(name)}", unit(value))
+    if answer["minutes"] is None:
+        facts.add_row("time", "known as soon as a worker runs")
+    console.print(facts)
+    console.print(_rows(answer["budgets"]))
+    console.print(_rows(answer["break_even"]))
+
+
+def _rows(items: list[dict[str, Any]]) -> Table:
+    """Alike items as one table, a blank line above it."""
+    grid = _grid()
+    for name in items[0] if items else ():
+        words = isinstance(items[0][name], str)
+        grid.add_column(Text(f"\n{_words(name)}"), justify="left" if words else "right", no_wrap=True)
+    for item in items:
+        grid.add_row(*(_figure(name, value) for name, value in item.items()))
+    return grid
+
+
+def _figure(name: str, value: Any) -> str:
+    if name.endswith("bytes"):
+        return size(value)
+    if name == "kept":
+        return budget_label(value)
+    return count(value) if isinstance(value, int) else str(value)
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_bytes").replace("_", " ")
+
+
+def _grid(*columns: str) -> Table:
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        grid.add_column(column, no_wrap=True)
+    return grid

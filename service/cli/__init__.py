@@ -5,7 +5,7 @@ Exit codes: 0 ok, 1 the job failed (or a download arrived broken), 2 bad usage, 
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -44,8 +44,15 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print_lines(f"ranksearch {version('ranksearch')}")
+        print_lines(f"ranksearch {_installed()}")
         raise typer.Exit
+
+
+def _installed() -> str:
+    try:
+        return version("ranksearch")
+    except PackageNotFoundError:  # a bare checkout
+        return "0"
 
 
 @app.callback()

@@ -7,17 +7,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 from rich.text import Text
 
+from ranksearch.search.spec import budget_label
 from ranksearch.service.cli import options
 from ranksearch.service.cli.jobs import JobId
 from ranksearch.service.cli.output import err, out, print_json, print_lines, say
 from ranksearch.service.client import Client
 from ranksearch.service.download import choose
 from ranksearch.service.download import fetch as fetch_files
-from ranksearch.service.figures import count, duration, number, size
-from ranksearch.service.summary import budget_line, score_table
+from ranksearch.service.figures import size
+from ranksearch.service.summary import budget_line, print_estimate, score_table
 
 Budget = Annotated[float | None, typer.Option("--kept", help="Which budget.")]
 
@@ -51,7 +51,7 @@ def fetch(
     with Client() as client:
         checkpoint = choose(client.checkpoints(job), kept)
         files: list[dict[str, Any]] = checkpoint["files"]
-        target = folder or Path(f"{job}-{checkpoint['kept']}")
+        target = folder or Path(f"{job}-{budget_label(checkpoint['kept'])}")
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -126,35 +126,4 @@ def estimate(
     if as_json:
         print_json(answer)
         return
-    grid = Table.grid(padding=(0, 2))
-    _rows(grid, answer)
-    out().print(grid)
-
-
-def _rows(grid: Table, values: dict[str, Any], indent: int = 0) -> None:
-    """Any nested answer as lines, with figures written by what their names say they are."""
-    for name, value in values.items():
-        label = Text("  " * indent + name.replace("_", " "), style="bold" if indent == 0 else "")
-        if isinstance(value, dict) and value:
-            grid.add_row(label, "")
-            _rows(grid, value, indent + 1)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for item in value:
-                grid.add_row(label, "")
-                _rows(grid, item, indent + 1)
-        else:
-            grid.add_row(label, _figure(name, value))
-
-
-def _figure(name: str, value: Any) -> str:
-    if "bytes" in name or "memory" in name or "disk" in name:
-        return size(value)
-    if "seconds" in name:
-        return duration(value)
-    if "minutes" in name:
-        return duration(60 * value) if isinstance(value, int | float) else "-"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return count(value)
-    return number(value) if isinstance(value, float) else str(value)
+    print_estimate(out(), answer)

@@ -64,6 +64,8 @@ def print_error(error: RanksearchError) -> None:
         where, detail = str(fault.get("pointer", "")).strip("/").replace("/", "."), str(fault.get("detail", ""))
         if detail not in error.message:
             console.print(Text.assemble("  ", (where or "body", "bold"), ": ", detail), soft_wrap=True)
+        elif where and str(fault["pointer"]) not in error.message:
+            console.print(Text.assemble("  at ", (where, "bold")), soft_wrap=True)
 
 
 def exit_code(error: RanksearchError) -> int:

@@ -109,7 +109,10 @@ def _announce(settings: Settings) -> None:
 
 
 def worker(
-    device: Annotated[str | None, typer.Option(help="torch device; the first one there is when omitted.")] = None,
+    device: Annotated[str, typer.Option(help="torch device; auto: the first GPU, or the CPU.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="Stands for this host's name, to run a second worker on one device.")
+    ] = None,
 ) -> None:
     """Run one more worker, on any machine.
 
@@ -118,8 +121,8 @@ def worker(
     if not has_worker():
         raise InvalidSettings("torch and transformers are missing here: pip install 'ranksearch[worker]'")
     os.environ["PYTHONSAFEPATH"] = "1"
-    chosen = device or local_devices()[0]
-    os.execv(sys.executable, python("-m", "ranksearch.worker", "--device", chosen))
+    named = ["--name", name] if name else []
+    os.execv(sys.executable, python("-m", "ranksearch.worker", "--device", device, *named))
 
 
 def token(as_json: options.AsJson = False) -> None:
