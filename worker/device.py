@@ -1,8 +1,8 @@
-"""The device process: `python -m ranksearch.worker.device DEVICE` holds torch and the model, and does what the agent asks.
+"""The device process: `python -m ranksearch.worker.device DEVICE` holds torch and the model and does what the agent asks.
 
-It speaks JSON, one object per line: requests come on stdin as `{"id", "op", ...}`, and on stdout go `{"id", "progress"}`,
-`{"id", "result"}` or `{"id", "error": {code, message, data}}`. The first line out is `{"hello": {...}}`. Being a process of
-its own, it may run out of memory, crash, or be killed for a cancellation without taking the worker down; it ends when the
+It speaks JSON, one object per line. Requests come on stdin as `{"id", "op", ...}`; on stdout go `{"id", "progress"}`,
+`{"id", "result"}` or `{"id", "error": {code, message, data}}`, and first of all `{"hello": {...}}`. Being a process of its
+own, it may run out of memory, crash, or be killed for a cancellation without taking the worker down; it ends when the
 agent does.
 """
 

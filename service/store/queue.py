@@ -6,6 +6,7 @@ The API process only holds a `JobQueue`, which writes and reads rows; workflows 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final
 
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions
@@ -68,7 +69,7 @@ class JobQueue:
         self._client.enqueue_in_transaction(transaction, options, job_id)
 
     def cancel_job(self, job_id: str) -> bool:
-        """Take a waiting job out of the queue; False when a worker has it (which watches the cancel flag) or it ended."""
+        """Take a waiting job out of the queue; False when a worker has it, who watches the cancel flag, or it ended."""
         waiting = [w for w in self._client.list_workflows(workflow_ids=[job_id]) if w.status in ("ENQUEUED", "DELAYED")]
         if waiting:
             self._client.cancel_workflow(job_id)
@@ -77,6 +78,22 @@ class JobQueue:
     def delete_job(self, job_id: str) -> None:
         """Forget a job's workflow and the results of its steps."""
         self._client.delete_workflows([job_id])
+
+    def requeue_jobs_of(self, executor: str) -> list[str]:
+        """Put what an executor was running back into the queue; returns the jobs. It must have ended, or be ending."""
+        return [job_id for job_id, _ in self._requeue(lambda held_by: held_by == executor)]
+
+    def requeue_lost(self, alive: Collection[str]) -> list[tuple[str, str]]:
+        """Put what dead executors were running back into the queue; returns pairs of job and executor."""
+        return self._requeue(lambda held_by: held_by not in alive)
+
+    def _requeue(self, gone: Callable[[str], bool]) -> list[tuple[str, str]]:
+        running = self._client.list_workflows(status="PENDING", queue_name=JOBS, load_input=False, load_output=False)
+        held = [(w.workflow_id, w.executor_id or "") for w in running]
+        # Private, and why DBOS's minor version is pinned: the public call would also take a job from an executor that
+        # got it a moment ago.
+        requeue = self._client._sys_db.reenqueue_for_recovery
+        return [(job_id, executor) for job_id, executor in held if gone(executor) and requeue(job_id, [executor], JOBS)]
 
     def close(self) -> None:
         """Close the connections."""

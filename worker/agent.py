@@ -1,0 +1,182 @@
+"""The agent: one worker process. It takes jobs from the queue, keeps a device process, and says that it is alive.
+
+It also looks after the others: when a worker falls silent, whoever notices first puts its job back into the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Final, NoReturn
+
+from dbos import DBOS
+from sqlalchemy.exc import DBAPIError
+
+from ranksearch.service.store.artifacts import ArtifactStore
+from ranksearch.service.store.checkpoints import Checkpoints
+from ranksearch.service.store.database import database_url, migrate, open_database, reading
+from ranksearch.service.store.jobs import Jobs
+from ranksearch.service.store.queue import JOBS, POLL_SECONDS, JobQueue, engine_config
+from ranksearch.service.store.settings import Settings
+from ranksearch.service.store.workers import Workers
+from ranksearch.worker.attempts import RELEASED
+from ranksearch.worker.device_client import DeviceClient
+from ranksearch.worker.identity import process_facts, refuse_twins, worker_id
+from ranksearch.worker.running_job import WorkerState
+from ranksearch.worker.workflow import JobWorkflow
+
+log = logging.getLogger("ranksearch.worker")
+
+BEAT_SECONDS: Final = 5.0  # at most; a quarter of the time after which a silent worker counts as dead, if that is less
+
+
+class Agent:
+    """One worker process from start to stop."""
+
+    def __init__(self, settings: Settings, device: str, name: str | None = None) -> None:
+        """Keep what was asked for; `run` does the rest.
+
+        Args:
+            settings: Database, artifacts, and what may be read.
+            device: A torch device, or `auto`.
+            name: Stands for the host's name in the worker's id.
+        """
+        self._settings, self._device_name, self._name = settings, device, name
+        self._stop = threading.Event()
+        self._beat_seconds = min(BEAT_SECONDS, settings.worker_ttl_seconds / 4)
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT.
+
+        Raises:
+            Conflict: A live worker has this id.
+            DeviceDied: The device cannot be used.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        engine = open_database(self._settings)
+        migrate(engine)
+        device = DeviceClient(self._device_name)
+        facts = device.start(self._check_start)
+        identity = worker_id(facts["device"], self._name)
+        workers = Workers(engine, self._settings.worker_ttl_seconds)
+        try:
+            refuse_twins(workers, identity)
+        except BaseException:
+            device.kill()
+            raise
+        self._workers, self._engine = workers, engine
+        self._queue = JobQueue(database_url(engine))
+        self._state = WorkerState(
+            identity=identity,
+            settings=self._settings,
+            jobs=Jobs(engine),
+            artifacts=ArtifactStore.of(self._settings, engine),
+            checkpoints=Checkpoints(engine),
+            device=device,
+        )
+        self._register(facts)
+        threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True).start()
+        self._launch()
+        log.info("worker %s is ready (%s)", identity, facts["name"], extra={"worker": identity})
+        self._stop.wait()
+        self._shut_down()
+
+    def _check_start(self) -> None:
+        if self._stop.is_set():
+            raise SystemExit(0)
+
+    def _register(self, facts: dict[str, object]) -> None:
+        self._workers.register(
+            self._state.identity,
+            host=socket.gethostname(),
+            device=str(facts["device"]),
+            pid=os.getpid(),
+            memory_bytes=int(str(facts["memory_bytes"])),
+            flops=float(str(facts["flops"])),
+            facts={**facts, **process_facts()},
+        )
+
+    def _launch(self) -> None:
+        """Start the engine: from here on jobs come in, first the one this worker left behind."""
+        DBOS(config=engine_config(database_url(self._engine), self._state.identity))
+        logging.getLogger("dbos").setLevel(logging.ERROR)  # that a job was taken over is told by us
+        JobWorkflow(self._state, self._start_afresh)
+        DBOS.listen_queues([JOBS])
+        DBOS.launch()
+        DBOS.register_queue(JOBS, worker_concurrency=1, polling_interval_sec=POLL_SECONDS, on_conflict="always_update")
+
+    # alive
+
+    def _keep_alive(self) -> None:
+        """Beat, and look for workers that do not."""
+        state, ttl = self._state, self._settings.worker_ttl_seconds
+        beaten = _awake_or_asleep()
+        while not state.stopping.wait(self._beat_seconds):
+            try:
+                mine = self._workers.heartbeat(state.identity, pid=os.getpid(), job_id=state.job_id, trial=state.trial)
+                silence, beaten = _awake_or_asleep() - beaten, _awake_or_asleep()
+                if not mine or silence > ttl:
+                    # others took this worker for dead and may have its job: what it does now is void
+                    self._start_afresh(f"silent for {silence:.0f} s" if mine else "its place was taken")
+                self._reap()
+            except DBAPIError as error:
+                log.warning("no heartbeat: %s", error.orig)
+
+    def _reap(self) -> None:
+        """Put the jobs of silent workers back into the queue."""
+        alive = [worker.id for worker in self._workers.all() if worker.alive]
+        for job_id, dead in self._queue.requeue_lost(alive):
+            log.warning("worker %s is silent; job %s goes on elsewhere", dead, job_id, extra={"job": job_id})
+            self._state.jobs.release(job_id, dead, f"worker {dead} fell silent; the job goes on with another")
+
+    # the end
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            os._exit(1)
+        self._stop.set()
+
+    def _shut_down(self) -> NoReturn:
+        """Give the job back and end; the next worker has all trials but the one under way."""
+        state = self._state
+        state.stopping.set()
+        state.device.kill()
+        DBOS.destroy(workflow_completion_timeout_sec=0)
+        if (job_id := state.job_id) is not None:
+            state.jobs.add_event(job_id, RELEASED, {"worker": state.identity}, worker=state.identity)
+            reason = f"worker {state.identity} was stopped; the job goes on with the next one"
+            state.jobs.release(job_id, state.identity, reason)
+        self._queue.requeue_jobs_of(state.identity)
+        self._workers.remove(state.identity, pid=os.getpid())
+        log.info("worker %s has stopped", state.identity)
+        logging.shutdown()
+        os._exit(0)  # the thread that had the job is parked for ever
+
+    def _start_afresh(self, why: str) -> NoReturn:
+        """Become a new process, which first takes up what this one left behind."""
+        log.error("worker %s starts afresh: %s", self._state.identity, why)
+        self._state.stopping.set()
+        self._state.device.kill()
+        while not self._database_answers():
+            time.sleep(2.0)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    def _database_answers(self) -> bool:
+        try:
+            with reading(self._engine) as connection:
+                connection.exec_driver_sql("SELECT 1")
+        except DBAPIError:
+            return self._stop.is_set()
+        return True
+
+
+def _awake_or_asleep() -> float:
+    """Seconds since boot, those of a suspended machine included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,54 @@
+"""Names for what was computed: equal inputs give equal fingerprints, and then a stored result is used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+#: Raise one when its algorithm gives other results than before: what was stored under the old number is not found then.
+CALIBRATION_VERSION = 1
+BANK_VERSION = 1
+
+
+def content_hash(content: bytes) -> str:
+    """sha256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def calibration_fingerprint(prepared: Mapping[str, Any], *, gradients: bool) -> str:
+    """Of the model's files, its dtype, and the calibration tokens, whichever dataset they came from.
+
+    Args:
+        prepared: Facts of the prepare stage.
+        gradients: Whether output gradients are collected, too.
+    """
+    return _of(
+        version=CALIBRATION_VERSION,
+        model=prepared["model_fingerprint"],
+        dtype=prepared["dtype"],
+        tokens=prepared["text"]["calibration"]["tokens"],
+        gradients=gradients,
+    )
+
+
+def bank_fingerprint(prepared: Mapping[str, Any], *, calibration: str | None, metric: str) -> str:
+    """Of the model, the calibration it was whitened with, and the metric.
+
+    Args:
+        prepared: Facts of the prepare stage.
+        calibration: Fingerprint of the calibration; None for metric `weight`.
+        metric: `weight`, `feature` or `two_sided`.
+    """
+    return _of(
+        version=BANK_VERSION,
+        model=prepared["model_fingerprint"],
+        dtype=prepared["dtype"],
+        calibration=calibration,
+        metric=metric,
+    )
+
+
+def _of(**parts: Any) -> str:
+    return content_hash(json.dumps(parts, sort_keys=True).encode())

@@ -1,0 +1,166 @@
+"""The search stage: ask the study for a rank vector, have the device score it, tell the study, until the study is done.
+
+All state lies in the study. A worker that takes over a search finds the finished trials there, and the one that was
+interrupted is offered first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+
+from ranksearch.search.errors import NumericalError
+from ranksearch.search.study import Proposal, RankStudy
+from ranksearch.service.store.database import optuna_storage
+from ranksearch.worker.running_job import RunningJob
+from ranksearch.worker.stages import Ground
+
+log = logging.getLogger("ranksearch.worker.search")
+
+
+def search(run: RunningJob, ground: Ground, kept: float) -> dict[str, Any]:
+    """Search one budget.
+
+    Args:
+        run: The job.
+        ground: Rank space and spectra.
+        kept: The budget.
+
+    Returns:
+        `dense` scores, and the `best` trial: number, score and packed ranks.
+
+    Raises:
+        NumericalError: No trial could be scored.
+    """
+    storage = optuna_storage(run.worker.settings)
+    try:
+        dense = run.ask("dense", progress=_silent)
+        study = open_study(run, ground, kept, dense, storage)
+        _Search(run, study).run()
+        best = study.best
+        if best is None:
+            raise NumericalError(
+                f"None of the {study.finished} trials at kept {kept:g} gave a finite score.", kept=kept
+            )
+        score = next(row["score"] for row in study.history() if row["number"] == best.number)
+        return {"dense": dense, "best": {"number": best.number, "score": score, "ranks": ground.space.pack(best.ranks)}}
+    finally:
+        storage.engine.dispose()
+
+
+def open_study(
+    run: RunningJob,
+    ground: Ground,
+    kept: float,
+    dense: Mapping[str, float],
+    storage: optuna.storages.BaseStorage,
+) -> RankStudy:
+    """The study of a job and budget."""
+    spec = run.spec
+    return RankStudy(
+        storage=storage,
+        job_id=run.id,
+        kept=kept,
+        space=ground.space,
+        spectra=ground.spectra,
+        spec=spec.search,
+        dense_score=dense["perplexity"] if spec.search.objective == "perplexity" else 0.0,
+        siblings=spec.budget.kept,
+        model=spec.model.source,
+    )
+
+
+class _Search:
+    """One budget's loop; trials are told to the job as they finish."""
+
+    def __init__(self, run: RunningJob, study: RankStudy) -> None:
+        self._run, self._study = run, study
+        self._spec = run.spec.search
+        self._seconds = [row["seconds"] for row in study.history() if row["seconds"]]
+        kept = run.spec.budget.kept
+        self._budgets, self._index = len(kept), kept.index(study.kept)
+
+    def run(self) -> None:
+        run, study = self._run, self._study
+        self._say_progress()
+        while not self._out_of_time() and (proposal := study.ask()) is not None:
+            run.worker.trial = proposal.number
+            run.check()
+            begun = time.monotonic()
+            try:
+                scores = run.surviving(lambda p=proposal: self._evaluate(p))  # type: ignore[misc]
+            except NumericalError as error:
+                study.tell_failed(proposal.number, error.message)
+            else:
+                self._tell(proposal, scores, time.monotonic() - begun)
+            self._seconds.append(time.monotonic() - begun)
+            self._announce(proposal)
+        run.worker.trial = None
+
+    def _evaluate(self, proposal: Proposal) -> dict[str, float] | None:
+        """Score a vector part by part; None when the study says that it cannot become the best."""
+        ranks = self._study.space.as_dict(proposal.ranks)
+        step = 0
+        while True:
+            reply = self._run.ask_once("chunk", number=proposal.number, ranks=ranks, index=step, progress=_silent)
+            if "total" in reply:
+                total: dict[str, float] = reply["total"]
+                return total
+            part = reply["part"]
+            loss = part["kl"] if self._spec.objective == "kl" else math.log(part["perplexity"])
+            if self._study.report(proposal.number, step, loss):
+                return None
+            step += 1
+
+    def _tell(self, proposal: Proposal, scores: Mapping[str, float] | None, seconds: float) -> None:
+        worker = self._run.worker.identity
+        if scores is None:
+            self._study.tell_pruned(proposal.number, seconds=seconds, worker=worker)
+            return
+        score = scores[self._spec.objective]
+        self._study.tell(proposal.number, score=score, scores=scores, seconds=seconds, worker=worker)
+
+    def _announce(self, proposal: Proposal) -> None:
+        run, study = self._run, self._study
+        rows = study.history()
+        row = next(row for row in rows if row["number"] == proposal.number)
+        shown = {
+            key: row[key]
+            for key in ("number", "state", "origin", "score", "seconds", "worker", "error")
+            if row[key] is not None
+        }
+        run.tell("trial", **{"kept": study.kept, **shown, "scores": row["scores"]})
+        complete = [row for row in rows if row["state"] == "complete"]
+        if complete:
+            best = min(complete, key=lambda row: (row["score"], row["number"]))
+            run.set_best(study.kept, best["score"], best["number"])
+        self._say_progress()
+
+    def _say_progress(self) -> None:
+        trials, done = self._spec.trials, self._study.finished
+        fraction = (self._index + min(1.0, done / trials)) / self._budgets
+        left = max(0, trials - done) + trials * (self._budgets - 1 - self._index)
+        eta = left * sum(self._seconds[-20:]) / len(self._seconds[-20:]) if self._seconds else None
+        if eta is not None and self._spec.timeout_seconds is not None:
+            eta = min(eta, self._spec.timeout_seconds * (self._budgets - self._index))
+        self._run.progress(fraction, eta, now=True)
+
+    def _out_of_time(self) -> bool:
+        """Whether the study's time is used up; prior and uniform, which the report compares with, always run.
+
+        The time is that of its trials, so it goes on counting where a dead worker left off.
+        """
+        limit = self._spec.timeout_seconds
+        if limit is None or self._study.finished < 2 or sum(self._seconds) < limit:
+            return False
+        log.info("kept %g: search time of %g s is used up", self._study.kept, limit, extra={"job": self._run.id})
+        return True
+
+
+def _silent(_: float) -> None:
+    return None

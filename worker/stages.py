@@ -1,0 +1,105 @@
+"""The stages of a job, in order. Each may run again after a crash: what was made before is found by its fingerprint.
+
+A stage takes the facts of the earlier ones and returns its own: small JSON that the engine keeps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from ranksearch.search.space import RankSpace
+from ranksearch.search.targets import Target
+from ranksearch.worker.fingerprints import bank_fingerprint, calibration_fingerprint
+from ranksearch.worker.running_job import RunningJob
+
+Facts = Mapping[str, Any]
+
+
+def prepare(run: RunningJob) -> dict[str, Any]:
+    """Load the model, check it and every budget, and turn the texts into token blocks."""
+    output = run.fresh_folder("prepare") / "blocks.safetensors"
+    facts: dict[str, Any] = run.ask("prepare", output=str(output))
+    return {**facts, "blocks": run.worker.artifacts.put_file(output, job_id=run.id).sha256}
+
+
+def calibrate(run: RunningJob, prepared: Facts) -> dict[str, Any]:
+    """Collect covariances, unless an earlier job collected the same."""
+    metric = run.spec.method.metric
+    if metric == "weight":
+        return {"fingerprint": None, "calibration": None}
+    fingerprint = calibration_fingerprint(prepared, gradients=metric == "two_sided")
+    path, hit = _made_once(run, "calibration", fingerprint, "calibrate")
+    return {"fingerprint": fingerprint, "calibration": path.name, "cache_hit": hit}
+
+
+def factor(run: RunningJob, prepared: Facts, calibrated: Facts) -> dict[str, Any]:
+    """Factor every target, unless an earlier job did so in the same metric."""
+    fingerprint = bank_fingerprint(prepared, calibration=calibrated["fingerprint"], metric=run.spec.method.metric)
+    path, hit = _made_once(run, "bank", fingerprint, "factor")
+    return {"fingerprint": fingerprint, "bank": path.name, "cache_hit": hit}
+
+
+def _made_once(run: RunningJob, kind: str, fingerprint: str, operation: str) -> tuple[Path, bool]:
+    """Find a stored file by its fingerprint, or have the device make it and store it."""
+    artifacts = run.worker.artifacts
+    if (path := artifacts.find(kind, fingerprint, job_id=run.id)) is not None:
+        run.tell(f"{kind}.cache_hit", fingerprint=fingerprint)
+        return path, True
+    output = run.fresh_folder(operation) / f"{kind}.safetensors"
+    run.ask(operation, output=str(output))
+    return artifacts.save(kind, fingerprint, output, job_id=run.id), False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What search and finish stand on: the targets' rank space and what the bank says about each target.
+
+    Attributes:
+        space: The rank vectors the spec allows.
+        bank: File of the factor bank.
+    """
+
+    space: RankSpace
+    bank: Path
+
+    @classmethod
+    def of(cls, run: RunningJob, prepared: Facts) -> Ground:
+        """Rebuild it from the facts of the earlier stages."""
+        method = run.spec.method
+        targets = tuple(Target(**target) for target in prepared["targets"])
+        space = RankSpace(targets=targets, rank_multiple=method.rank_multiple, keep_dense=tuple(method.keep_dense))
+        return cls(space=space, bank=Path(run.files["bank"]))
+
+    @cached_property
+    def spectra(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+        """Target -> its singular values in the metric, descending; read without torch."""
+        with safe_open(self.bank, framework="np") as file:
+            return {
+                t.name: np.asarray(file.get_tensor(f"spectra/{t.name}"), dtype=np.float64) for t in self.space.targets
+            }
+
+    @cached_property
+    def target_facts(self) -> dict[str, dict[str, Any]]:
+        """Target -> what was done to factor it."""
+        with safe_open(self.bank, framework="np") as file:
+            facts: dict[str, dict[str, Any]] = json.loads(file.metadata()["bank"])["facts"]
+        return facts
+
+
+def files_of(path: Callable[[str], Path], *facts: Facts) -> dict[str, str]:
+    """Blob hashes among the facts as files the device can open: blocks, calibration and bank.
+
+    Args:
+        path: Where a blob lies.
+        *facts: Of the stages so far.
+    """
+    names = ("blocks", "calibration", "bank")
+    return {name: str(path(sha256)) for part in facts for name in names if (sha256 := part.get(name))}

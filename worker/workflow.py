@@ -1,0 +1,178 @@
+"""A job as a durable workflow: each stage is a step whose result the engine keeps, so a job continues where it was.
+
+A stage that fails does not raise: its error is the step's result, and the job is marked failed from it. Only the loss of
+the job itself leaves a step as an exception.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from dbos import DBOS
+from sqlalchemy.exc import DBAPIError
+
+from ranksearch.search.errors import JobNotFound, RanksearchError
+from ranksearch.search.spec import budget_label
+from ranksearch.service.store.jobs import Job, Stage
+from ranksearch.service.store.queue import RUN_JOB
+from ranksearch.worker import stages
+from ranksearch.worker.attempts import WorkerDied, refuse_endless
+from ranksearch.worker.device import as_known_error
+from ranksearch.worker.running_job import JobCancelled, JobLost, RunningJob, WorkerState
+
+log = logging.getLogger("ranksearch.worker.job")
+
+
+class _Over(Exception):  # a way out of the middle of a workflow, not an error
+    """The job has ended before its last stage."""
+
+
+class JobWorkflow:
+    """Runs jobs that the queue hands to this worker."""
+
+    def __init__(self, worker: WorkerState, give_up: Callable[[str], None]) -> None:
+        """Register the workflow with the engine; to be done before it is launched.
+
+        Args:
+            worker: What the worker's threads share.
+            give_up: Ends this process for good or for a fresh start, when it cannot go on; does not return.
+        """
+        self._worker, self._give_up = worker, give_up
+
+        @DBOS.workflow(name=RUN_JOB, max_recovery_attempts=None)
+        def run_job(job_id: str) -> None:
+            self._run_job(job_id)
+
+    def _run_job(self, job_id: str) -> None:
+        self._worker.park()
+        try:
+            if (job := self._take(job_id)) is not None:
+                self._work(job)
+        except DBAPIError as error:
+            self._worker.park()
+            self._give_up(f"the database failed: {error.orig}")
+            raise
+        except JobLost:
+            raise  # another worker has it
+        except Exception as error:
+            log.exception("job %s failed outside its stages", job_id, extra={"job": job_id})
+            self._worker.jobs.fail(job_id, RanksearchError(f"{type(error).__name__}: {error}"))
+
+    def _work(self, job: Job) -> None:
+        worker, run = self._worker, RunningJob(self._worker, job)
+        worker.job_id = job.id
+        log.info("job %s begins", job.id, extra={"job": job.id})
+        try:
+            self._stages(run)
+            log.info("job %s has succeeded", job.id, extra={"job": job.id})
+        except _Over:
+            pass
+        finally:
+            run.put_away()
+            worker.job_id = worker.trial = None
+
+    def _take(self, job_id: str) -> Job | None:
+        """The job, now this worker's; None when there is nothing to do."""
+        jobs, me = self._worker.jobs, self._worker.identity
+        try:
+            refuse_endless(jobs, job_id)
+        except JobNotFound:
+            return None
+        except WorkerDied as error:
+            log.error("job %s: %s", job_id, error.message, extra={"job": job_id})
+            jobs.fail(job_id, error)
+            return None
+        return jobs.get(job_id) if jobs.set_running(job_id, me) else None
+
+    def _stages(self, run: RunningJob) -> None:
+        prepared = self._step(run, "prepare", lambda: stages.prepare(run))
+        calibrated = self._step(run, "calibrate", lambda: stages.calibrate(run, prepared), prepared)
+        factored = self._step(run, "factor", lambda: stages.factor(run, prepared, calibrated), prepared, calibrated)
+        facts = (prepared, calibrated, factored)
+        budgets = run.spec.budget.kept
+        searched = {
+            kept: self._step(run, "search", partial(_search, run, prepared, kept), *facts, kept=kept)
+            for kept in budgets
+        }
+        finished = {
+            kept: self._step(run, "finish", partial(_finish, run, facts, searched[kept], kept), *facts, kept=kept)
+            for kept in budgets
+        }
+        self._step(run, "publish", lambda: _publish(run, finished))
+
+    def _step(
+        self,
+        run: RunningJob,
+        stage: Stage,
+        do: Callable[[], dict[str, Any]],
+        *facts: Mapping[str, Any],
+        kept: float | None = None,
+    ) -> dict[str, Any]:
+        """Run a stage once; its recorded facts when it has run before.
+
+        Raises:
+            _Over: The stage failed or was cancelled, and the job has been told.
+        """
+        name = stage if kept is None else f"{stage}/{budget_label(kept)}"
+        run.files = stages.files_of(run.worker.artifacts.path, *facts)
+        outcome: dict[str, Any] = DBOS.run_step({"name": name}, lambda: self._outcome(run, stage, do))
+        jobs, me = run.worker.jobs, run.worker.identity
+        if "error" in outcome:
+            jobs.fail(run.id, outcome["error"], worker=me)
+            raise _Over
+        if "cancelled" in outcome:
+            jobs.cancelled(run.id, worker=me)
+            raise _Over
+        return outcome
+
+    def _outcome(self, run: RunningJob, stage: Stage, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        begun = time.monotonic()
+        try:
+            run.enter(stage)
+            return {**do(), "seconds": round(time.monotonic() - begun, 3)}
+        except JobCancelled:
+            log.info("job %s is cancelled", run.id, extra={"job": run.id})
+            return {"cancelled": True}
+        except JobLost:
+            log.warning("job %s has gone to another worker", run.id, extra={"job": run.id})
+            raise
+        except DBAPIError as error:
+            run.worker.park()
+            log.exception("the database failed in stage %s", stage, extra={"job": run.id})
+            self._give_up(f"the database failed: {error.orig}")
+            raise
+        except Exception as error:
+            run.worker.park()
+            known = as_known_error(error, stage)
+            if known is None:
+                log.exception("stage %s failed", stage, extra={"job": run.id})
+                known = RanksearchError(f"Stage {stage} failed: {type(error).__name__}: {error}")
+            else:
+                log.warning("job %s failed in stage %s: %s", run.id, stage, known.message, extra={"job": run.id})
+            return {"error": {"code": known.code, "message": known.message, "data": known.data, "stage": stage}}
+
+
+def _search(run: RunningJob, prepared: Mapping[str, Any], kept: float) -> dict[str, Any]:
+    from ranksearch.worker.search_loop import search  # brings torch and botorch, which an idle worker does without
+
+    return search(run, stages.Ground.of(run, prepared), kept)
+
+
+def _finish(
+    run: RunningJob, facts: Sequence[Mapping[str, Any]], searched: Mapping[str, Any], kept: float
+) -> dict[str, Any]:
+    from ranksearch.worker.finish import finish
+
+    stages_so_far = zip(("prepare", "calibrate", "factor", "search"), (*facts, searched), strict=True)
+    seconds = {stage: part["seconds"] for stage, part in stages_so_far}
+    return finish(run, stages.Ground.of(run, facts[0]), facts[0], searched, kept, seconds)
+
+
+def _publish(run: RunningJob, finished: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
+    from ranksearch.worker.finish import publish
+
+    return publish(run, finished)
