@@ -111,8 +111,6 @@ def follow(client: Client, job_id: str, console: Console) -> JSON:
         ServerUnreachable: The server is gone for good.
     """
     job = client.job(job_id)
-    if job["status"] in FINISHED:
-        return job
     progress = Progress(job["spec"])
     events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
     threading.Thread(target=_read, args=(client, job_id, events), daemon=True).start()

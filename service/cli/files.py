@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ def fetch(
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=err(), transient=True) as progress:
+        with Progress(*columns, console=err(), transient=True, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("fetching", total=sum(int(file["size"]) for file in files))
             here: dict[str, int] = {}
 
