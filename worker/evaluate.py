@@ -208,4 +208,4 @@ def _bytes_per_token(model: nn.Module, readout: Readout) -> int:
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not readout.head]
     widest = max((m.out_features for m in linears), default=1)
     hidden = max((m.in_features for m in linears[:1]), default=1)
-    return next(model.parameters()).element_size() * (3 * widest + 8 * hidden)
+    return next(model.parameters()).element_size() * (3 * widest + 5 * hidden)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ranksearch.search.errors import NumericalError
+from ranksearch.worker.calibrate import Calibration, calibrate
+from ranksearch.worker.targets import find_targets
+
+
+def reference(model, targets, blocks):
+    """Moments by autograd on the whole model at once, weight gradients and all."""
+    inputs, outputs = {}, {}
+    hooks = []
+    for target in targets:
+        module = model.get_submodule(target.name)
+
+        def keep(module, args, output, name=target.name):
+            output.retain_grad()
+            inputs[name], outputs[name] = args[0].detach(), output
+
+        hooks.append(module.register_forward_hook(keep))
+    logits = model(input_ids=blocks).logits.float()
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten(), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+
+    def second(x):
+        x = x.reshape(-1, x.shape[-1]).double()
+        return x.mT @ x / blocks.numel()
+
+    return {n: second(x) for n, x in inputs.items()}, {n: second(y.grad) for n, y in outputs.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gemma2", "granite"])
+def test_moments_equal_autograd_over_the_whole_model(tiny, blocks, family):
+    model = tiny(family)
+    targets = find_targets(model)
+    inputs, gradients = reference(model, targets, blocks)
+    found = calibrate(model, targets, blocks, gradients=True, batch_tokens=48)
+    for target in targets:
+        scale = float(gradients[target.name].abs().max())
+        assert torch.allclose(found.input(target.name).double(), inputs[target.name], rtol=1e-3, atol=1e-5)
+        assert torch.allclose(
+            found.gradients[target.name].double(), gradients[target.name], rtol=1e-3, atol=1e-4 * scale
+        )
+        assert found.tokens[target.name] == found.total_tokens == blocks.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_targets_fed_the_same_tensor_share_one_covariance(tiny, blocks, family):
+    model = tiny(family)
+    found = calibrate(model, find_targets(model), blocks[:2], gradients=False)
+    short = {name.split("layers.")[1]: leader.split("layers.")[1] for name, leader in found.leader.items()}
+    assert short["1.self_attn.k_proj"] == short["1.self_attn.v_proj"] == "1.self_attn.q_proj"
+    assert short["0.mlp.up_proj"] == "0.mlp.gate_proj"
+    assert short["0.mlp.down_proj"] == "0.mlp.down_proj"
+    assert len(found.inputs) == 8
+    assert not found.gradients
+
+
+def test_no_weight_gradient_ever_exists_and_the_model_comes_back_as_it_was(tiny, blocks):
+    model = tiny()
+    model.train()
+    model.model.norm.weight.requires_grad_(False)
+    made = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(made.append)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    calibrate(model, find_targets(model), blocks, gradients=True)
+    assert not made
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
+def test_several_passes_give_what_one_pass_gives(tiny, blocks):
+    model = tiny()
+    targets = find_targets(model)
+    told: list[float] = []
+    whole = calibrate(model, targets, blocks, gradients=True)
+    split = calibrate(model, targets, blocks, gradients=True, memory_limit=20_000, progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1
+    assert len(told) > 4  # 40 sequences are two batches a pass
+    for target in targets:
+        assert torch.equal(whole.input(target.name), split.input(target.name))
+        assert torch.equal(whole.gradients[target.name], split.gradients[target.name])
+
+
+def test_batches_do_not_change_moments_or_pool_means(tiny, blocks):
+    model = tiny()
+    targets = find_targets(model)
+    small = calibrate(model, targets, blocks, gradients=True, batch_tokens=1)
+    large = calibrate(model, targets, blocks, gradients=True, batch_tokens=1 << 20)
+    for name, moment in small.inputs.items():
+        assert torch.allclose(moment, large.inputs[name], rtol=1e-4, atol=1e-6)
+        assert small.means[name].shape == (2, moment.shape[0])
+        assert torch.allclose(small.means[name], large.means[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_calibration_reads_back(tiny, blocks, tmp_path):
+    model = tiny(dtype=torch.bfloat16)
+    targets = find_targets(model)
+    found = calibrate(model, targets, blocks[:8], gradients=True)
+    found.save(tmp_path / "calibration.safetensors")
+    again = Calibration.load(tmp_path / "calibration.safetensors")
+    assert (again.leader, again.tokens, again.total_tokens) == (found.leader, found.tokens, found.total_tokens)
+    for part in ("inputs", "means", "gradients"):
+        assert getattr(again, part).keys() == getattr(found, part).keys()
+        assert all(torch.equal(t, getattr(again, part)[n]) for n, t in getattr(found, part).items())
+
+
+def test_the_first_target_with_broken_features_is_named(tiny, blocks):
+    model = tiny()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.down_proj") as caught:
+        calibrate(model, find_targets(model), blocks, gradients=False)
+    assert caught.value.data["target"] == "model.layers.0.mlp.down_proj"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers.modules())
