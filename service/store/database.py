@@ -141,8 +141,8 @@ def _only_one(engine: Engine) -> Iterator[None]:
             yield
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        # Whoever waits inside a statement holds a snapshot, and the queue's migration, which builds an index concurrently,
-        # waits for all snapshots to end: so nobody waits inside a statement.
+        # Whoever waits inside a statement holds a snapshot, and the queue's migration, which builds an index
+        # concurrently, waits for all snapshots to end: so nobody waits inside a statement.
         while not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": _MIGRATION_LOCK}).scalar():
             time.sleep(0.1)
         try:

@@ -20,6 +20,7 @@ from ranksearch.service.context import Context
 from ranksearch.service.store.database import open_database
 from ranksearch.service.store.jobs import Jobs
 from ranksearch.service.store.settings import Settings
+
 from .models import write_model
 
 URL = "http://127.0.0.1:8000"

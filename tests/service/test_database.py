@@ -149,9 +149,14 @@ def test_a_failed_transaction_leaves_nothing(settings: Settings) -> None:
     engine = open_database(settings)
     table = tables.idempotency
     values = {"owner": "", "key": "k", "body_sha256": "0", "job_id": "j", "answer": {}}
-    with pytest.raises(RuntimeError), writing(engine) as connection:
-        connection.execute(table.insert().values(**values, created=now()))
-        raise RuntimeError
+
+    def write_and_fail() -> None:
+        with writing(engine) as connection:
+            connection.execute(table.insert().values(**values, created=now()))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
     with reading(engine) as connection:
         assert connection.execute(select(table)).all() == []
 
