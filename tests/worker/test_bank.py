@@ -122,7 +122,7 @@ def test_the_metrics_match_their_definitions(calibrated):
 
 
 def test_components_past_break_even_are_left_out_unless_asked_for(calibrated):
-    model, targets, calibration = calibrated
+    model, targets, _ = calibrated
     bank = build_bank(model, targets, None, metric="weight")
     query = targets[0]
     assert bank.right[query.name].shape == (query.break_even, query.in_features)
@@ -151,7 +151,7 @@ def test_a_saved_bank_reads_back_from_the_mapped_file(calibrated, tmp_path):
 
 
 def test_a_metric_without_its_covariances_is_refused(calibrated, blocks):
-    model, targets, calibration = calibrated
+    model, targets, _ = calibrated
     with pytest.raises(InvalidInput, match="needs a calibration"):
         build_bank(model, targets, None, metric="feature")
     inputs_only = calibrate(model, targets, blocks[:2], gradients=False)
