@@ -241,7 +241,9 @@ class RankStudy:
             ranks = make(self.kept)
             if self.space.pack(ranks) not in seen:
                 return ranks, origin
-        asked = self._shadow(trials).ask(self._distributions())
+        shadow = self._shadow(trials)
+        shadow.ask(self._distributions())
+        asked = shadow.get_trials(deepcopy=False)[-1]
         packed = asked.user_attrs.get(RANKS)
         z = self.coordinates.log_weights(asked.params)
         first = self.space.unpack(packed) if packed else self.allocator.waterfill(self.kept, z)
