@@ -220,6 +220,7 @@ def _load_weights(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             device_map={"": device} if direct else None,
         )
     except torch.OutOfMemoryError:

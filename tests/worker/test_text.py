@@ -13,7 +13,7 @@ from ranksearch.search.errors import DatasetError, UnsupportedModel
 from ranksearch.worker import text
 from ranksearch.worker.tiny import train_tokenizer
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu")
 CORPUS = " ".join(WORDS[i * i % len(WORDS)] + ("\n\n" if i % 11 == 0 else ".") for i in range(3000))
 
 
@@ -149,7 +149,10 @@ def script(folder: Path) -> dict[str, Any]:
         (script, ["script"]),
         (lambda folder: from_text(folder / "absent.txt"), ["absent.txt", "not there"]),
         (lambda _: {"path": "text"}, ["data_files"]),
-        (lambda _: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, ["Salesforce/wikitext", "local files"]),
+        (
+            lambda _: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+            ["Salesforce/wikitext", "local files"],
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be_read_says_why(

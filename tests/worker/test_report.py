@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ranksearch.search.space import RankSpace
+from ranksearch.search.spec import JobSpec
+from ranksearch.search.targets import Target
+from ranksearch.worker.report import build_budget, build_report, model_card, with_budget, write_documents
+
+TARGETS = (
+    Target(name="model.layers.0.up", out_features=8, in_features=6, kind="up", depth=0),
+    Target(name="model.layers.0.down", out_features=6, in_features=8, kind="down", depth=0),
+)
+CARD = """---
+license: other
+license_name: some-licence
+license_link: https://example.org/licence
+tags:
+- text
+---
+license: not this one
+"""
+
+
+def scores(perplexity: float, kl: float) -> dict[str, Any]:
+    return {
+        "evaluation": {"perplexity": perplexity, "kl": kl},
+        "test": {"test.txt": {"perplexity": perplexity + 1, "kl": kl}},
+    }
+
+
+def budget(kept: float = 0.7) -> dict[str, Any]:
+    return build_budget(
+        kept=kept,
+        space=RankSpace(targets=TARGETS),
+        ranks={"model.layers.0.up": 2, "model.layers.0.down": 6},
+        spectra={target.name: np.array([3.0, 2.0, 1.0, 0.5, 0.0, 0.0]) for target in TARGETS},
+        facts={"model.layers.0.up": {"damping": np.float64(0.5), "tokens": np.int64(100)}},
+        scores={
+            "final": scores(12.5, 0.25),
+            "dense": scores(10, 0.0),
+            "uniform": scores(float("inf"), float("nan")),
+            "prior": scores(13, 0.3),
+            "best": scores(12.5, 0.25),
+        },
+        parameters={"targets": 76, "targets_dense": 96, "model": 176, "model_dense": 196},
+        bytes={"disk": 400, "disk_dense": 440, "loaded": 352, "loaded_dense": 392},
+        speed={
+            "device": "A | B",
+            "before": {"prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 50.0, "prompt_tokens": 512},
+            "after": {"prefill_tokens_per_second": 900.0, "decode_tokens_per_second": 45.0, "prompt_tokens": 512},
+        },
+        seconds={"search": 1.5},
+        history=[{"number": 0, "score": 13.0, "kept": kept, "origin": "prior", "seconds": 0.1, "state": "complete"}],
+    )
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    spec = JobSpec.model_validate({"model": {"source": "someone/model"}, "budget": {"kept": [0.7, 0.5]}})
+    marks = {"model": "abc", "dataset": "def", "sequences": "ghi"}
+    return build_report(
+        job="job_1", spec=spec.model_dump(), fingerprints=marks, budgets=[budget(kept) for kept in spec.budget.kept]
+    )
+
+
+def test_a_budget_says_what_became_of_each_target() -> None:
+    found = budget()
+    assert found["kept_exact"] == (2 * 14 + 48) / 96
+    assert found["targets"]["model.layers.0.up"] == {
+        "shape": [8, 6],
+        "form": "factored",
+        "rank": 2,
+        "predicted_loss": 1.25,
+        "damping": 0.5,
+        "tokens": 100,
+    }
+    assert found["targets"]["model.layers.0.down"]["form"] == "dense"
+    assert found["targets"]["model.layers.0.down"]["predicted_loss"] == 0
+    assert list(found["scores"]) == ["dense", "uniform", "prior", "best", "final"]
+
+
+def test_the_document_is_json_whatever_the_scores(report: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["budgets"][0]["scores"]["uniform"]["evaluation"] == {"perplexity": None, "kl": None}
+    assert report["version"] == 1
+    assert report["fingerprints"]["model"] == "abc"
+    assert report["fingerprints"]["libraries"]["numpy"] == np.__version__
+
+
+def test_a_checkpoint_carries_its_own_budget_and_a_card(report: dict[str, Any], tmp_path: Path) -> None:
+    own = with_budget(report, 0.5)
+    assert [entry["kept"] for entry in own["budgets"]] == [0.5]
+    write_documents(tmp_path, own, source_card=CARD)
+    assert json.loads((tmp_path / "ranksearch.json").read_text()) == own
+    card = (tmp_path / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "base_model: someone/model" in front
+    assert "license: other\nlicense_name: some-licence\nlicense_link: https://example.org/licence\n" in front
+    assert "not this one" not in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "ranksearch.json"]
+
+
+def test_the_card_shows_the_reports_figures(report: dict[str, Any]) -> None:
+    card = model_card(with_budget(report, 0.7))
+    assert "| dense | 1 | 10.000 | 0.0000 | 11.000 | 0.0000 |" in card
+    assert "| uniform | 0.7 | - | - | - | - |" in card
+    assert "| final | 0.7 | 12.500 | 0.2500 | 13.500 | 0.2500 |" in card
+    assert "| parameters of the compressed matrices | 96 | 76 |" in card
+    assert "| writing, tokens/s | 50 | 45 |" in card  # a worse speed is printed like a better one
+    assert "A / B" in card
+    assert "import ranksearch.worker.loading" in card
+    assert "license" not in card.split("---")[1]
+
+
+def test_a_local_model_is_named_without_its_path(report: dict[str, Any]) -> None:
+    report["spec"]["model"]["source"] = "/home/someone/models/mine"
+    card = model_card(with_budget(report, 0.7))
+    assert "# mine, 0.7" in card
+    assert "/home" not in card
+    assert "base_model" not in card
