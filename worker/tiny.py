@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ranksearch.worker.text import cut, tokenize
 
@@ -70,7 +71,7 @@ def _all_documents(root: Path) -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Dict):
                 for key, value in zip(node.keys, node.values, strict=True):
                     if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
-                        yield f"topic {key.value}", str(value.value).strip()
+                        yield f"topic {key.value!s}", str(value.value).strip()
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).with_suffix("").parts
         if not set(parts) & set(SKIPPED):
@@ -150,6 +151,7 @@ def train(
     model = LlamaForCausalLM(_config(len(tokenizer), hidden, layers))
     loss = _fit(model, blocks["train"], steps, seed, show)
     model = model.to(torch.bfloat16).eval()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=out) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
