@@ -43,7 +43,7 @@ class Progress:
         self._stage_began: datetime | None = None
 
     def tell(self, event: Event, time_: datetime | None = None) -> str | None:
-        describe = getattr(self, f"_on_{event.kind}", None)
+        describe = getattr(self, f"_on_{event.kind.replace('.', '_')}", None)
         if describe is None:
             return _plain(event)
         line: str | None = describe(event.data, time_)
@@ -96,6 +96,15 @@ class Progress:
 
     def _on_cancel_requested(self, _data: JSON, _time: datetime | None) -> str:
         return "cancel requested; what was found so far is kept"
+
+    def _on_released(self, _data: JSON, _time: datetime | None) -> None:
+        """The warning that follows says it."""
+
+    def _on_calibration_cache_hit(self, _data: JSON, _time: datetime | None) -> str:
+        return "calibration: an earlier job made the same one, it is used again"
+
+    def _on_bank_cache_hit(self, _data: JSON, _time: datetime | None) -> str:
+        return "factor bank: an earlier job made the same one, it is used again"
 
     def _on_checkpoint(self, data: JSON, _time: datetime | None) -> str:
         return f"checkpoint kept {budget_label(float(data['kept']))} is ready"

@@ -57,7 +57,7 @@ def running(jobs: Jobs, body: dict[str, Any], url: str) -> str:
 def finish(jobs: Jobs, job_id: str) -> None:
     """What a worker writes while it works, in short."""
     jobs.set_stage(job_id, "calibrate")
-    jobs.add_event(job_id, "calibration", {"cache": "hit"})
+    jobs.add_event(job_id, "calibration.cache_hit", {"fingerprint": "f"})
     jobs.set_stage(job_id, "search")
     for trial in ({"number": 0, "origin": "prior", "score": 30.5}, {"number": 1, "origin": "uniform", "score": 41.0}):
         jobs.add_event(job_id, "trial", {"kept": 0.5, "state": "complete", **trial})
@@ -217,7 +217,7 @@ def test_watch_follows_to_the_end(run: Run, running: str, jobs: Jobs) -> None:
     assert result.exit_code == 0
     for words in (
         "running on host:cpu",
-        "cache hit",
+        "used again",
         "1/60",
         "prior: perplexity 30.500",
         "2/60",
