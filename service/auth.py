@@ -21,9 +21,9 @@ OPEN: Final = frozenset({"/healthz", "/readyz"})
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def token_hash(token: str) -> str:
+def token_hash(token: bytes) -> str:
     """What settings hold of a token."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(token).hexdigest()
 
 
 class Guard:
@@ -72,15 +72,15 @@ def is_page(path: str) -> bool:
     return owns(path) or path in ("/docs", "/openapi.json")
 
 
-def _token(authorization: str, *, basic: bool) -> str | None:
+def _token(authorization: str, *, basic: bool) -> bytes | None:
     scheme, _, value = authorization.partition(" ")
-    value = value.strip()
+    raw = value.strip().encode("latin-1")  # as headers are decoded, so these are the bytes the caller sent
     if scheme.lower() == "bearer":
-        return value or None
+        return raw or None
     if scheme.lower() == "basic" and basic:
         try:
-            _, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+            _, _, password = base64.b64decode(raw, validate=True).partition(b":")
+        except binascii.Error:
             return None
         return password or None
     return None

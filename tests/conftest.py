@@ -78,7 +78,7 @@ def new_postgres(postgres_url: str) -> Iterator[Callable[[str | None], str]]:
 
     def make(template: str | None = None) -> str:
         name = f"test_{secrets.token_hex(6)}"
-        _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template or 'template0'}")
+        _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template or 'template0'} STRATEGY FILE_COPY")
         made.append(name)
         return _at(postgres_url, name)
 
