@@ -62,10 +62,12 @@ class Agent:
             signal.signal(number, self._on_signal)
         engine = open_database(self._settings)
         migrate(engine)
+        workers = Workers(engine, self._settings.worker_ttl_seconds)
+        if self._device_name != "auto":
+            refuse_twins(workers, worker_id(self._device_name, self._name))  # before the device is loaded once more
         device = DeviceClient(self._device_name)
         facts = device.start(self._check_start)
         identity = worker_id(facts["device"], self._name)
-        workers = Workers(engine, self._settings.worker_ttl_seconds)
         try:
             refuse_twins(workers, identity)
         except BaseException:

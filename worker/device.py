@@ -1,4 +1,4 @@
-"""The device process: `python -m ranksearch.worker.device DEVICE` holds torch and the model and does what the agent asks.
+"""The device process: `python -m ranksearch.worker.device DEVICE` has torch and the model, and does what it is asked.
 
 It speaks JSON, one object per line. Requests come on stdin as `{"id", "op", ...}`; on stdout go `{"id", "progress"}`,
 `{"id", "result"}` or `{"id", "error": {code, message, data}}`, and first of all `{"hello": {...}}`. Being a process of its
@@ -48,7 +48,8 @@ def _answer(bench: Any, request: dict[str, Any], replies: TextIO) -> dict[str, A
     try:
         return {"result": bench.do(operation, progress=progress, **request)}
     except Exception as error:
-        bench.recover()
+        if not isinstance(error, RanksearchError):
+            bench.recover()  # it may have left half of something behind, or no memory
         known = as_known_error(error, operation)
         if known is None:
             log.error("%s failed\n%s", operation, traceback.format_exc())

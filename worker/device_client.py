@@ -57,14 +57,15 @@ class DeviceClient:
             check: Called a few times a second while waiting; it ends the wait by raising.
 
         Raises:
-            DeviceDied: It ended before it greeted.
+            DeviceDied: It has ended since the last request, or before it greeted; the next call starts a new one.
         """
         with self._lock:
-            if self.pid is None:
-                self.kill()
+            if self._process is not None and self._process.poll() is not None:
+                raise self._died()
+            if self._process is None:
                 self._buffer = b""
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "ranksearch.worker.device", self.device],
+                    [sys.executable, "-P", "-m", "ranksearch.worker.device", self.device],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent, which then ends this process

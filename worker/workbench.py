@@ -229,8 +229,9 @@ class Workbench:
         )
         progress(0.1)
         final, _ = load_model(folder, device=self.device)
-        before = measure(model, self.device)
-        after = measure(final, self.device)
+        length = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 3.0)
+        before = measure(model, self.device, seconds=length)
+        after = measure(final, self.device, seconds=length)
         progress(0.2)
         scores: dict[str, dict[str, Any]] = {row: {"test": {}} for row in ("dense", *vectors, "final")}
         blocks = _blocks(job)

@@ -1,0 +1,193 @@
+"""Whole jobs through one worker process, on both databases."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import ranksearch.worker.loading
+from ranksearch.search.spec import JobSpec
+from tests.integration.machine import Machine
+
+Spec = Callable[..., JobSpec]
+
+
+@pytest.fixture(scope="module")
+def worker(machine: Machine) -> Machine:
+    """The machine with one worker."""
+    machine.start("one")
+    machine.ready("one")
+    return machine
+
+
+@pytest.fixture(scope="module")
+def done(worker: Machine, spec: Spec) -> str:
+    """A job of two budgets that has succeeded."""
+    job_id = worker.submit(spec(kept=[0.5, 0.3], search={"sampler": "ranksearch"}))
+    worker.succeeded(job_id)
+    return job_id
+
+
+def _folder(machine: Machine, job_id: str, kept: str, folder: Path) -> Path:
+    checkpoint = next(c for c in machine.checkpoints.of(job_id) if c.kept == kept)
+    for file in checkpoint.files:
+        os.link(machine.artifacts.path(file.sha256), folder / file.path)
+    return folder
+
+
+def test_each_budget_gets_a_study_and_a_checkpoint(worker: Machine, done: str, tmp_path: Path) -> None:
+    job = worker.jobs.get(done)
+    assert job.progress == 1.0
+    assert set(job.best) == {"0.5", "0.3"}
+    for kept in (0.5, 0.3):
+        rows = worker.trials(done, kept)
+        assert [row["state"] for row in rows] == ["complete"] * 4
+        assert [row["origin"] for row in rows][:2] == ["prior", "uniform"]
+        assert all(row["kept"] <= kept for row in rows)
+    assert [checkpoint.kept for checkpoint in worker.checkpoints.of(done)] == ["0.5", "0.3"]
+    model = AutoModelForCausalLM.from_pretrained(_folder(worker, done, "0.3", tmp_path))
+    assert any(isinstance(module, ranksearch.worker.loading.FactoredLinear) for module in model.modules())
+
+
+def test_the_report_is_the_checkpoints_own(worker: Machine, done: str) -> None:
+    report = worker.jobs.report(done)
+    assert report is not None
+    assert [budget["kept"] for budget in report["budgets"]] == [0.5, 0.3]
+    for budget, checkpoint in zip(report["budgets"], worker.checkpoints.of(done), strict=True):
+        scores = budget["scores"]
+        assert set(scores) == {"dense", "uniform", "prior", "best", "final"}
+        assert scores["final"]["evaluation"]["perplexity"] == pytest.approx(
+            scores["best"]["evaluation"]["perplexity"], rel=1e-5
+        )
+        best = worker.jobs.get(done).best[checkpoint.kept]["score"]
+        assert scores["best"]["evaluation"]["perplexity"] == pytest.approx(best, rel=1e-12)
+        assert budget["parameters"]["targets"] <= budget["kept"] * budget["parameters"]["targets_dense"]
+        assert set(budget["seconds"]) == {"prepare", "calibrate", "factor", "search", "finish"}
+        file = next(file for file in checkpoint.files if file.path == "ranksearch.json")
+        own = json.loads(worker.artifacts.path(file.sha256).read_text())
+        assert own == {**report, "budgets": [budget]}
+
+
+def test_the_same_calibration_is_not_done_twice(worker: Machine, done: str, spec: Spec) -> None:
+    assert not worker.events(done, "calibration.cache_hit")
+    job_id = worker.submit(spec(kept=[0.4], trials=2))
+    worker.succeeded(job_id)
+    assert len(worker.events(job_id, "calibration.cache_hit")) == 1
+    assert len(worker.events(job_id, "bank.cache_hit")) == 1
+
+
+def test_a_budget_of_one_keeps_everything_dense(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(kept=[1.0]))
+    worker.succeeded(job_id)
+    (row,) = worker.trials(job_id, 1.0)
+    report = worker.jobs.report(job_id)
+    assert report is not None
+    (budget,) = report["budgets"]
+    assert {target["form"] for target in budget["targets"].values()} == {"dense"}
+    assert budget["scores"]["dense"]["evaluation"]["perplexity"] == pytest.approx(row["score"], rel=1e-6)
+    assert budget["scores"]["final"]["evaluation"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_no_trial_begins_when_the_time_is_up(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(kept=[0.4], trials=1000, search={"timeout_seconds": 1e-6}))
+    worker.succeeded(job_id)
+    assert [row["origin"] for row in worker.trials(job_id, 0.4)] == ["prior", "uniform"]
+
+
+def test_a_cancelled_job_stops_at_once_and_keeps_its_study(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(trials=5000))
+    worker.wait_for_trials(job_id, 3)
+    begun = time.monotonic()
+    worker.jobs.request_cancel(job_id)
+    job = worker.finished(job_id, seconds=10)
+    assert job.status == "cancelled"
+    assert time.monotonic() - begun < 2
+    assert len([row for row in worker.trials(job_id, 0.5) if row["state"] == "complete"]) >= 3
+
+
+def test_a_job_that_waits_can_be_cancelled(worker: Machine, spec: Spec) -> None:
+    first = worker.submit(spec(trials=5000))
+    waiting = worker.submit(spec())
+    assert worker.jobs.request_cancel(waiting).status == "cancelled"
+    worker.queue.cancel_job(waiting)
+    worker.wait_for_trials(first, 1)
+    worker.jobs.request_cancel(first)
+    assert worker.finished(first, 10).status == "cancelled"
+    assert not worker.trials(waiting, 0.5)
+
+
+def _with_nan(folder: Path, copy: Path) -> Path:
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            os.link(path, copy / path.name)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_each_bad_input_fails_its_job_alone(worker: Machine, spec: Spec, material: Path, tmp_path: Path) -> None:
+    text = {"path": "text", "data_files": str(material / "text.txt"), "split": "train"}
+
+    def with_data(**changes: Any) -> JobSpec:
+        sizes = {"sequences": 16, "sequence_length": 32}
+        return spec(calibration={"dataset": text, **sizes, **changes})
+
+    broken = _with_nan(material / "model", material / f"nan-{os.urandom(4).hex()}")
+    bad = {
+        "broken_weights": spec(model=broken),
+        "path_not_allowed": spec(model=tmp_path),
+        "impossible_budget": spec(kept=[0.001]),
+        "dataset_error": with_data(dataset={**text, "column": "nothing"}),
+    }
+    few = worker.submit(with_data(sequence_length=2_000_000))
+    jobs = {code: worker.submit(spec_) for code, spec_ in bad.items()}
+    good = worker.submit(spec(kept=[0.4], trials=2))
+    for code, job_id in jobs.items():
+        job = worker.finished(job_id)
+        assert job.status == "failed"
+        assert job.error is not None
+        assert job.error["code"] == code, job.error
+    named = worker.jobs.get(jobs["broken_weights"]).error
+    assert named is not None
+    assert "model.layers.1.mlp.up_proj.weight" in named["message"]
+    error = worker.finished(few).error
+    assert error is not None
+    assert error["code"] == "dataset_error"
+    worker.succeeded(good)
+
+
+def test_a_killed_device_process_is_replaced(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(trials=12))
+    worker.wait_for_trials(job_id, 3)
+    device = worker.device_of("one")
+    assert device is not None
+    device.kill()
+    worker.succeeded(job_id)
+    assert [event.data["number"] for event in worker.events(job_id, "trial")] == list(range(12))
+    assert [e for e in worker.events(job_id, "warning") if "SIGKILL" in e.data["message"]]
+
+
+def test_a_device_process_that_dies_again_and_again_fails_the_job(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(trials=5000))
+    worker.wait_for_trials(job_id, 1)
+    while not worker.jobs.get(job_id).over:
+        device = worker.device_of("one")
+        if device is not None:
+            device.kill()
+        time.sleep(0.05)
+    job = worker.jobs.get(job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "device_died"
+    assert worker.processes["one"].poll() is None

@@ -1,0 +1,117 @@
+"""Workers that are killed, stopped or frozen: the job goes on, and comes out as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from ranksearch.search.spec import JobSpec
+from ranksearch.worker.attempts import MAX_DEATHS, deaths
+from tests.integration.machine import Machine
+
+Spec = Callable[..., JobSpec]
+TRIALS = 8
+
+
+def _result(machine: Machine, job_id: str) -> list[dict[str, Any]]:
+    """What two runs of one spec must have in common."""
+    shared = ("number", "state", "origin", "kept", "score", "scores", "intermediate", "ranks")
+    return [{key: row[key] for key in shared} for row in machine.trials(job_id, 0.5)]
+
+
+def _other(name: str) -> str:
+    return {"one": "two", "two": "one"}[name]
+
+
+def test_a_killed_worker_goes_on_where_it_was(machine: Machine, spec: Spec) -> None:
+    wanted = spec(trials=TRIALS, search={"sampler": "ranksearch", "pruner": "wilcoxon"})
+    machine.start("one")
+    machine.ready("one")
+    undisturbed = machine.submit(wanted)
+    machine.succeeded(undisturbed)
+
+    killed = machine.submit(wanted)
+    machine.wait_for_trials(killed, 3)
+    machine.kill("one")
+    before = [row for row in machine.trials(killed, 0.5) if row["state"] != "running"]
+    assert 3 <= len(before) < TRIALS
+    machine.start("one")
+    machine.succeeded(killed)
+
+    assert machine.trials(killed, 0.5)[: len(before)] == before  # seconds, too: they were not run again
+    assert [event.data["number"] for event in machine.events(killed, "trial")] == list(range(TRIALS))
+    assert _result(machine, killed) == _result(machine, undisturbed)
+    reports = [machine.jobs.report(job_id) for job_id in (killed, undisturbed)]
+    scores = [report["budgets"][0]["scores"] for report in reports if report is not None]
+    assert scores[0] == scores[1]
+
+
+def test_a_second_worker_of_the_same_name_is_refused(machine: Machine) -> None:
+    machine.ready("one")
+    first = machine.processes["one"]
+    second = machine.start("one")
+    try:
+        assert second.wait(60) == 2
+        assert "is running already" in machine.log("one")
+    finally:
+        machine.processes["one"] = first
+    assert first.poll() is None
+
+
+def test_others_take_over_from_a_worker_that_stops_or_freezes(machine: Machine, spec: Spec) -> None:
+    machine.start("two")
+    machine.ready("two")
+    job_id = machine.submit(spec(trials=40))
+    stopped = machine.wait_for_trials(job_id, 2)
+    machine.processes[stopped].send_signal(signal.SIGTERM)
+    assert machine.processes[stopped].wait(10) == 0
+    frozen = _other(stopped)
+    machine.wait(lambda: machine.jobs.get(job_id).worker == f"{frozen}:cpu" or None, 20, "the hand-over")
+    machine.wait_for_trials(job_id, len(machine.events(job_id, "trial")) + 2)
+
+    machine.processes[frozen].send_signal(signal.SIGSTOP)
+    machine.start(stopped)
+    machine.succeeded(job_id)
+    assert machine.jobs.get(job_id).worker == f"{stopped}:cpu"
+    assert [event.data["number"] for event in machine.events(job_id, "trial")] == list(range(40))
+    assert any("fell silent" in event.data["message"] for event in machine.events(job_id, "warning"))
+
+    machine.processes[frozen].send_signal(signal.SIGCONT)
+    machine.wait(lambda: "starts afresh" in machine.log(frozen) or None, 20, "the awakening")
+    machine.ready(frozen)
+    assert machine.jobs.get(job_id).status == "succeeded"
+
+
+def test_a_job_that_kills_its_workers_is_given_up(machine: Machine, spec: Spec) -> None:
+    job = machine.jobs.create(spec())
+    for death in range(MAX_DEATHS):
+        assert deaths(machine.jobs, job.id) == death
+        machine.jobs.set_running(job.id, "gone:cpu")
+        machine.jobs.set_stage(job.id, "calibrate", worker="gone:cpu")
+    with machine.engine.begin() as connection:
+        machine.queue.enqueue_job(connection, job.id)
+    error = machine.finished(job.id, 60).error
+    assert error is not None
+    assert error["code"] == "worker_died"
+    assert f"{MAX_DEATHS} times" in error["message"]
+
+
+def test_work_that_gets_further_is_not_given_up(machine: Machine, spec: Spec) -> None:
+    job = machine.jobs.create(spec())
+    for trial in range(MAX_DEATHS + 2):
+        machine.jobs.set_running(job.id, "gone:cpu")
+        machine.jobs.set_stage(job.id, "search", worker="gone:cpu")
+        machine.jobs.add_event(job.id, "trial", {"number": trial}, worker="gone:cpu")
+        assert deaths(machine.jobs, job.id) == 1
+    machine.jobs.add_event(job.id, "released", {}, worker="gone:cpu")
+    assert deaths(machine.jobs, job.id) == 0
+    machine.jobs.cancelled(job.id)
+
+
+def test_a_worker_that_stops_lets_go_of_its_device(machine: Machine) -> None:
+    machine.ready("one")
+    device = machine.device_of("one")
+    assert device is not None
+    machine.kill("one")
+    device.wait(10)
