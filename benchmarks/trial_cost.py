@@ -40,9 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kept", default="0.8,0.5,0.25", help="budgets, comma separated")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--batch-tokens", type=int, help="tokens per forward pass of a trial; chosen from the model's
-    size when omitted") parser.add_argument("--large-batch", type=int, default=2048, help="tokens per pass of the
-    second dense row") parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--batch-tokens", type=int, help="tokens per pass of a trial; default: from the model's size")
+    parser.add_argument("--large-batch", type=int, default=2048, help="tokens per pass of the second dense row")
+    parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -150,8 +150,8 @@ def main() -> None:
                 "dense forward, large batch": forward(args.large_batch),
                 "dense scored": lambda: evaluation.score(model),
                 "trial": trial,
-                "copy": lambda: rebuilt("copy", copied),  # noqa: B023
-                "decompose": lambda: rebuilt("decompose", decomposed),  # noqa: B023
+                "copy": lambda: rebuilt("copy", copied),
+                "decompose": lambda: rebuilt("decompose", decomposed),
             },
             args.repetitions,
             model.device,
@@ -161,11 +161,13 @@ def main() -> None:
         rounds[f"{kept:g}"] |= medians
 
     threads = torch.get_num_threads()
-    print(f"{args.model}: {model.dtype} on {model.device}, {threads} threads, {blocks.numel():,} tokens,
-    {args.repetitions} repetitions") print(f"batch {evaluation.batch_tokens} tokens, logits of
-    {evaluation.chunk_tokens} tokens at once\n") names = list(next(iter(rounds.values())))
-    print("| median seconds |" + "".join(f" kept {kept} |" for kept in rounds) + "\n" + "|---" * (1 + len(rounds)) +
-    "|") for name in names:
+    print(f"{args.model}: {model.dtype} on {model.device}, {threads} threads, {args.repetitions} repetitions")
+    print(
+        f"{blocks.numel():,} tokens, {evaluation.batch_tokens} per pass, logits of {evaluation.chunk_tokens} at once\n"
+    )
+    head = "".join(f" kept {kept} |" for kept in rounds) + "\n" + "|---" * (1 + len(rounds)) + "|"
+    print(f"| median seconds |{head}")
+    for name in next(iter(rounds.values())):
         print(f"| {name} |" + "".join(f" {seconds[name]:.4f} |" for seconds in rounds.values()))
     against = {
         "trial / dense forward": ("trial", "dense forward"),
@@ -175,7 +177,7 @@ def main() -> None:
         "copy / set ranks, before scoring": ("copy, before scoring", "set ranks, before scoring"),
         "decompose / set ranks, before scoring": ("decompose, before scoring", "set ranks, before scoring"),
     }
-    print("\n| times |" + "".join(f" kept {kept} |" for kept in rounds) + "\n" + "|---" * (1 + len(rounds)) + "|")
+    print(f"\n| times |{head}")
     for name, (over, under) in against.items():
         print(f"| {name} |" + "".join(f" {s[over] / s[under]:.2f} |" for s in rounds.values()))
     if args.json:
