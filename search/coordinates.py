@@ -17,8 +17,8 @@ import numpy as np
 from ranksearch.search.space import Floats, Ranks
 from ranksearch.search.targets import Target
 
-BOUND = 1.5
-"""Tilts lie within +- this; a factor of exp(1.5) = 4.5 in loss."""
+BOUND = 1.0
+"""Tilts lie within +- this; a factor of exp(1) = 2.7 in loss either way."""
 RANKS = "ranks"
 """The trial's user attribute that holds the rank vector itself, packed."""
 _MOST_KINDS = 11
@@ -68,11 +68,14 @@ class Coordinates:
         values = np.array([tilts[name] for name in self.names])
         return np.asarray(self.one_hot @ values[:-1] + self.depth * values[-1])
 
-    def project(self, log_weights: Floats) -> dict[str, float]:
-        """The tilts nearest to z: the mean of each kind and the common slope in depth, within the bounds."""
+    def nearest(self, log_weights: Floats) -> Floats:
+        """The tilts nearest to z: the mean of each kind and the common slope in depth; `(kinds + 1,)`."""
         slope = self._slope(log_weights)
-        means = self._kind_means(log_weights - slope * self.depth)
-        values = np.clip(np.append(means, slope), -BOUND, BOUND)
+        return np.append(self._kind_means(log_weights - slope * self.depth), slope)
+
+    def project(self, log_weights: Floats) -> dict[str, float]:
+        """The nearest tilts by name, within the bounds."""
+        values = np.clip(self.nearest(log_weights), -BOUND, BOUND)
         return {name: round(float(value), 4) for name, value in zip(self.names, values, strict=True)}
 
     def _kind_means(self, values: Floats) -> Floats:

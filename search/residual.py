@@ -30,6 +30,12 @@ from torch import Tensor
 _FEWEST = 6
 """Trials below which the kernel of the residual is not fitted."""
 _ITERATIONS = 12
+_LENGTH = 1.5
+"""Median length scale, in units of tilts."""
+_WHITE = 0.5
+"""Share of the noise that stays white; the rest is the kernel's to explain."""
+_MOST_FITTED = 128
+"""The fit looks at the best half and the latest half of this many observations; conditioning uses all."""
 
 
 class _FirstColumn(Mean):  # type: ignore[misc]
@@ -45,7 +51,7 @@ def inputs(mean: Tensor, features: Tensor, summary: Tensor) -> Tensor:
 
 
 def residual_process(train: Tensor, values: Tensor, deviation: Tensor, width: int) -> SingleTaskGP:
-    """Condition the process on observations and fit the residual's scale, length and white noise.
+    """Condition the process on observations, with the residual's scale and length of the largest marginal likelihood.
 
     Args:
         train: `inputs`, `n x (1 + p + k)`.
@@ -53,34 +59,42 @@ def residual_process(train: Tensor, values: Tensor, deviation: Tensor, width: in
         deviation: Known standard deviation of each observation, `(n,)`.
         width: k, the columns of the summary.
     """
+    model = _process(train, values, deviation, width)
+    if len(train) >= _FEWEST:
+        half = _MOST_FITTED // 2
+        recent = torch.arange(max(len(values) - half, 0), len(values))
+        best = values.argsort(stable=True)[:half]
+        chosen = torch.cat([best, recent[~torch.isin(recent, best)]])
+        fitted = _process(train[chosen], values[chosen], deviation[chosen], width)
+        with warnings.catch_warnings():
+            # stopping after a few iterations is meant
+            warnings.simplefilter("ignore")
+            mll = ExactMarginalLogLikelihood(fitted.likelihood, fitted)
+            fit_gpytorch_mll_scipy(mll, options={"maxiter": _ITERATIONS})
+        model.covar_module.load_state_dict(fitted.covar_module.state_dict())
+    return model.eval()
+
+
+def _process(train: Tensor, values: Tensor, deviation: Tensor, width: int) -> SingleTaskGP:
+    """The process with the kernel's starting values: the residual is as large as the noise."""
     columns = train.shape[1]
     linear = LinearKernel(active_dims=tuple(range(1, columns - width)))
     linear.variance = 1.0
     linear.raw_variance.requires_grad_(False)
     floor = float(deviation.min())
-    matern = MaternKernel(
-        nu=2.5,
-        active_dims=tuple(range(columns - width, columns)),
-        lengthscale_prior=LogNormalPrior(math.log(1.5), 0.5),
-    )
-    matern.lengthscale = 1.5
+    summary = tuple(range(columns - width, columns))
+    matern = MaternKernel(nu=2.5, active_dims=summary, lengthscale_prior=LogNormalPrior(math.log(_LENGTH), 0.5))
+    matern.lengthscale = _LENGTH
     scaled = ScaleKernel(matern, outputscale_prior=LogNormalPrior(2 * math.log(floor), 1.5))
     scaled.outputscale = floor**2
-    likelihood = FixedNoiseGaussianLikelihood(noise=(0.5 * deviation).square().clamp_min(1e-8))
-    model = SingleTaskGP(
+    return SingleTaskGP(
         train,
         values[:, None],
-        likelihood=likelihood,
+        likelihood=FixedNoiseGaussianLikelihood(noise=(_WHITE * deviation).square().clamp_min(1e-8)),
         mean_module=_FirstColumn(),
         covar_module=linear + scaled,
         outcome_transform=None,
     )
-    if len(train) >= _FEWEST:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mll = ExactMarginalLogLikelihood(model.likelihood, model)
-            fit_gpytorch_mll_scipy(mll, options={"maxiter": _ITERATIONS})
-    return model.eval()
 
 
 def log_improvement(model: SingleTaskGP, candidates: Tensor, best: float) -> Tensor:

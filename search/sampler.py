@@ -6,8 +6,9 @@ Every proposal is a vector of a pool of water-filled candidates, so it is feasib
     draws      water-filled draws of z from its posterior (Thompson), and half-way between mode and draw
     swaps      the best trial so far with a few targets pushed up or down
 
-The pool member of the largest log expected improvement under sensitivities plus residual is proposed; every third one
-the first Thompson draw, which keeps looking where the model is unsure. A vector that some trial has is never proposed.
+Two of three proposals are the greedy vector, which is hard to beat while the model still learns. The third, and any
+other when the greedy vector is known already, is the pool member of the largest log expected improvement under
+sensitivities plus residual. A vector that some trial has is never proposed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ranksearch.search.surrogate import Observations, SensitivityModel
 _STRETCH = (1.0, 0.7, 1.3, 0.4, 1.7)
 _DRAWS = 20
 _SWAPS = 12
+_EXPLORE_EVERY = 3
 _MOST_TRIALS = 320
 _PARTIAL_SPREAD = 2.0
 _SIBLING_SPREAD = 2.0
@@ -121,10 +123,8 @@ class RankSampler(optuna.samplers.BaseSampler):
         fresh = [ranks for ranks in pool if self._space.pack(ranks) not in taken]
         if not fresh:
             return pool[0]
-        if number % 3 == 2:
-            thompson = self._allocator.waterfill(self._kept, draws[0])
-            if self._space.pack(thompson) not in taken:
-                return thompson
+        if number % _EXPLORE_EVERY and self._space.pack(pool[0]) not in taken:
+            return pool[0]
         pending = [self._space.unpack(t.user_attrs[RANKS]) for t in trials if t.state == TrialState.RUNNING]
         improvement = self._improvement(model, seen, told, pending, fresh)
         return fresh[int(improvement.argmax())]
@@ -173,8 +173,8 @@ class RankSampler(optuna.samplers.BaseSampler):
 
     def _summary(self, vectors: Sequence[Ranks]) -> Tensor:
         """x, the tilts of each vector, `m x k`."""
-        rows = [list(self._coordinates.project(self._allocator.tilts(ranks)).values()) for ranks in vectors]
-        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self._coordinates.names))
+        rows = [self._coordinates.nearest(self._allocator.tilts(ranks)) for ranks in vectors]
+        return torch.as_tensor(np.stack(rows))
 
     def _best(self, told: list[_Told]) -> Ranks:
         own = [t for t in told if t.group == 0]

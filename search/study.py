@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -29,6 +29,9 @@ from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search, budget_label
 from ranksearch.search.targets import Target
+
+if TYPE_CHECKING:
+    from ranksearch.search.sampler import RankSampler
 
 _RESULT = "result"
 _SPACE = "ranksearch:space"
@@ -241,17 +244,16 @@ class RankStudy:
             ranks = make(self.kept)
             if self.space.pack(ranks) not in seen:
                 return ranks, origin
-        shadow = self._shadow(trials)
-        shadow.ask(self._distributions())
-        asked = shadow.get_trials(deepcopy=False)[-1]
-        packed = asked.user_attrs.get(RANKS)
-        z = self.coordinates.log_weights(asked.params)
-        first = self.space.unpack(packed) if packed else self.allocator.waterfill(self.kept, z)
-        return self._unseen(first, z, seen, len(trials)), "search"
+        if self.spec.sampler == "ranksearch":
+            ranks = self._rank_sampler().propose(trials, len(trials))
+        else:
+            ranks = self.allocator.waterfill(self.kept, self._tilted(trials))
+        return self._unseen(ranks, seen, len(trials)), "search"
 
-    def _unseen(self, ranks: Ranks, z: Floats, seen: set[Any], number: int) -> Ranks | None:
-        """The vector, or one nearby that no trial has; None when a wide search finds none."""
+    def _unseen(self, ranks: Ranks, seen: set[Any], number: int) -> Ranks | None:
+        """The vector, or one nearby that no trial has; None when an ever wider search finds none."""
         rng = np.random.default_rng([self.spec.seed, number])
+        z = self.allocator.tilts(ranks)
         for attempt in range(_ATTEMPTS):
             if self.space.pack(ranks) not in seen:
                 return ranks
@@ -259,22 +261,21 @@ class RankStudy:
             ranks = self.allocator.waterfill(self.kept, z + noise)
         return None
 
-    def _shadow(self, trials: Sequence[FrozenTrial]) -> optuna.Study:
-        """A copy of the study in memory: asking it costs no transaction and leaves no trace."""
-        shadow = optuna.create_study(sampler=self._sampler(len(trials)), direction="minimize")
-        shadow.add_trials(trials)
-        return shadow
+    def _tilted(self, trials: Sequence[FrozenTrial]) -> Floats:
+        """Log weights from one of Optuna's own samplers over the named tilts, `(targets,)`.
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        seed = int(np.random.SeedSequence([self.spec.seed, number]).generate_state(1)[0])
-        match self.spec.sampler:
-            case "random":
-                return optuna.samplers.RandomSampler(seed=seed)
-            case "tpe":
-                return optuna.samplers.TPESampler(seed=seed)
-            case "gp":
-                with _stable():
-                    return optuna.samplers.GPSampler(seed=seed)
+        It is asked on a copy of the study in memory, which costs no transaction and leaves no trace.
+        """
+        seed = int(np.random.SeedSequence([self.spec.seed, len(trials)]).generate_state(1)[0])
+        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+        with _stable():
+            sampler = samplers.get(self.spec.sampler, optuna.samplers.GPSampler)(seed=seed)
+        shadow = optuna.create_study(sampler=sampler, direction="minimize")
+        shadow.add_trials(trials)
+        return self.coordinates.log_weights(shadow.ask(self._distributions()).params)
+
+    def _rank_sampler(self) -> RankSampler:
+        # torch and BoTorch load here, so that reading a study needs neither
         from ranksearch.search.sampler import RankSampler
 
         return RankSampler(

@@ -44,6 +44,7 @@ _BETA = (1.0, 0.3)
 _ALPHA_SPREAD = 5.0
 _OFFSET_SPREAD = 0.15
 _STEPS = 12
+_CHOOSING = (0, 2, 5)
 _TINY = 1e-12
 
 
@@ -141,7 +142,8 @@ class SensitivityModel:
         scatter = torch.randn(count, len(residual), dtype=torch.float64, generator=generator) * self._deviation()
         missed = residual - z @ jacobian.T - linear @ design.T - scatter
         weights = torch.cholesky_solve(missed.T, self._factor(jacobian, design)).T
-        return z + self.sigma**2 * self._prior_times(weights @ jacobian)
+        draws: Tensor = z + self.sigma**2 * self._prior_times(weights @ jacobian)
+        return draws
 
     def _fit(self) -> None:
         """Gauss-Newton with halved steps; hyperparameters at the first steps and once more near the mode."""
@@ -150,7 +152,7 @@ class SensitivityModel:
         for step in range(_STEPS):
             jacobian, design = self._jacobian(self._seen.tails, self._seen.group)
             residual = self._residual(jacobian, design)
-            if step in (0, 1, 3, 6):
+            if step in _CHOOSING:
                 before_sigma = self.sigma
                 self._choose(jacobian, design, residual)
                 duals = duals * (before_sigma / self.sigma) ** 2
@@ -178,19 +180,27 @@ class SensitivityModel:
         return 0.5 * float(misfit + duals @ self.z + shift)
 
     def _choose(self, jacobian: Tensor, design: Tensor, residual: Tensor) -> None:
-        """sigma and s of the largest evidence over a grid, one batched Cholesky."""
-        shape = jacobian @ self._phi
-        kernel = shape @ shape.T + self._rho * jacobian @ jacobian.T
-        fixed = (design * self._scales.square()) @ design.T
-        sigmas, noises = torch.meshgrid(_double(_SIGMAS), _double(_NOISES), indexing="ij")
-        sigmas, noises = sigmas.flatten(), noises.flatten()
-        diagonal = torch.diag(self._seen.spread.square())
-        matrices = sigmas[:, None, None] ** 2 * kernel + fixed + noises[:, None, None] ** 2 * diagonal
-        factor = torch.linalg.cholesky(matrices)
-        white = torch.linalg.solve_triangular(factor, residual[None, :, None].expand(len(sigmas), -1, 1), upper=False)
-        evidence = -0.5 * white.square().sum(dim=(1, 2)) - factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-        for values, (median, width) in ((sigmas, _SIGMA_PRIOR), (noises, _NOISE_PRIOR)):
-            evidence -= 0.5 * ((values / median).log() / width).square()
+        """sigma and s of the largest evidence over a grid, from one eigendecomposition.
+
+        With rows divided by their spread and J_z K J_z^T = Q diag(l) Q^T, every A of the grid is Q (B + W W^T) Q^T
+        with B = sigma^2 diag(l) + s^2 I and W the scaled linear columns; the matrix inversion and determinant lemmas
+        do the rest.
+        """
+        rows = self._seen.spread[:, None]
+        shape, alone = (jacobian @ self._phi) / rows, jacobian / rows
+        values, vectors = torch.linalg.eigh(shape @ shape.T + self._rho * alone @ alone.T)
+        columns = vectors.T @ (design * self._scales / rows)
+        target = vectors.T @ (residual / self._seen.spread)
+        sigmas, noises = (grid.flatten() for grid in torch.meshgrid(_double(_SIGMAS), _double(_NOISES), indexing="ij"))
+        diagonal = sigmas[:, None] ** 2 * values.clamp_min(0.0) + noises[:, None] ** 2
+        inner = torch.einsum("ni,gn,nj->gij", columns, 1 / diagonal, columns) + torch.eye(columns.shape[1])
+        factor = torch.linalg.cholesky(inner)
+        crossed = torch.einsum("ni,gn,n->gi", columns, 1 / diagonal, target)
+        explained = torch.linalg.solve_triangular(factor, crossed[:, :, None], upper=False).square().sum(dim=(1, 2))
+        evidence = -0.5 * (diagonal.log().sum(dim=1) + (target.square() / diagonal).sum(dim=1) - explained)
+        evidence -= factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        for grid, (median, width) in ((sigmas, _SIGMA_PRIOR), (noises, _NOISE_PRIOR)):
+            evidence -= 0.5 * ((grid / median).log() / width).square()
         best = int(evidence.argmax())
         self.sigma, self.noise = float(sigmas[best]), float(noises[best])
 
@@ -199,7 +209,8 @@ class SensitivityModel:
         shape = jacobian @ self._phi
         kernel = self.sigma**2 * (shape @ shape.T + self._rho * jacobian @ jacobian.T)
         kernel += (design * self._scales.square()) @ design.T
-        return torch.linalg.cholesky(kernel + torch.diag(self._deviation().square()))
+        factor: Tensor = torch.linalg.cholesky(kernel + torch.diag(self._deviation().square()))
+        return factor
 
     def _residual(self, jacobian: Tensor, design: Tensor) -> Tensor:
         """r = y - f + J (theta - theta_0), `(n,)`."""

@@ -161,9 +161,9 @@ def test_waterfilling_a_7b_shaped_model_takes_milliseconds() -> None:
     allocator = Allocator(space, power_spectra(space))
     rng = np.random.default_rng(0)
     for kept in (0.4, 0.8):
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(20):
             allocator.waterfill(kept, rng.standard_normal(len(space.targets)))
-        seconds = (time.perf_counter() - start) / 20
+        seconds = (time.process_time() - start) / 20
         print(f"water-filling 224 x 4096 at kept {kept}: {seconds * 1e3:.2f} ms")
         assert seconds < 0.1
