@@ -15,6 +15,9 @@ from sqlalchemy import create_engine, make_url, text
 from ranksearch.service.store.database import migrate, open_database
 from ranksearch.service.store.settings import Settings, load_settings
 
+# read when huggingface_hub is first imported, so a fixture would come too late
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 DATABASES = ("sqlite", "postgresql")
 
 
@@ -95,10 +98,11 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return settings.data_dir / "ranksearch.db"
 
 
-@pytest.fixture(params=DATABASES)
-def database_kind(request: pytest.FixtureRequest) -> str:
-    """Each of the two kinds of database."""
-    return str(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever uses a database runs on each kind, unless it is marked `one_database`."""
+    if "database_kind" in metafunc.fixturenames:
+        one = metafunc.definition.get_closest_marker("one_database") is not None
+        metafunc.parametrize("database_kind", DATABASES[:1] if one else DATABASES)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_blocks_follow_the_protocol_to_the_digit(tmp_path: Path, tokenizer: Any,
     assert torch.equal(material.evaluation.tokens, blocks[order[20:28]])
     assert torch.equal(material.test[0].tokens, blocks[:5])
     assert torch.equal(material.test[1].tokens, blocks)
-    assert [part.label for part in material.test] == ["corpus.txt", "corpus.txt (2)"]
+    assert [part.label for part in material.test] == ["corpus.txt", f"{tmp_path.name}/corpus.txt"]
     assert material.calibration.fingerprint == text.fingerprint(CORPUS)
 
 
@@ -191,6 +191,23 @@ def test_token_ids_are_kept_and_a_damaged_file_is_made_again(tmp_path: Path, tok
     assert torch.equal(torch.from_numpy(np.load(file)).long(), ids)
     text.tokenize(train_tokenizer(CORPUS, 280), CORPUS, cache_dir=tmp_path)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_a_long_text_gives_the_same_ids_as_one_call(tokenizer: Any) -> None:
+    long = CORPUS * 3
+    assert len(long) > 20_000
+    assert text.tokenize(tokenizer, long).tolist() == tokenizer(long, add_special_tokens=False)["input_ids"]
+
+
+def test_test_sets_of_one_name_are_told_apart(tmp_path: Path, tokenizer: Any, corpus: Path) -> None:
+    files = [tmp_path / name / "test.txt" for name in ("one", "two", "two")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(CORPUS)
+    material = gather(
+        tmp_path, tokenizer, from_text(corpus), {"sequences": 2, "test": [from_text(file) for file in files]}
+    )
+    assert [part.label for part in material.test] == ["test.txt", "two/test.txt", "two/test.txt (2)"]
 
 
 def test_special_tokens_are_not_added(tokenizer: Any) -> None:
