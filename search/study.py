@@ -5,7 +5,7 @@ attribute) and finished in two. Nothing about a trial is kept anywhere else, so 
 it left RUNNING is offered again, with the same vector, before anything new is proposed.
 
 Proposals depend on the seed, the trial number and the trials told so far, and on nothing in this process: the sampler
-is built afresh for each of them, over a copy of the study in memory.
+is built afresh for each of them.
 """
 
 from __future__ import annotations
@@ -27,21 +27,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
-from ranksearch.search.spec import Search, budget_label
-from ranksearch.search.targets import Target
+from ranksearch.search.spec import Search
+from ranksearch.search.trials import RESULT, SPACE, row, space_of, study_name, trials_of
 
 if TYPE_CHECKING:
     from ranksearch.search.sampler import RankSampler
 
-_RESULT = "result"
-_SPACE = "ranksearch:space"
-_STATES = {
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
+__all__ = ["Proposal", "RankStudy", "space_of", "study_name", "trials_of"]
+
 _ATTEMPTS = 24
 
 
@@ -58,40 +51,6 @@ class Proposal:
     number: int
     ranks: Ranks
     origin: str
-
-
-def study_name(job_id: str, kept: float) -> str:
-    """The name of the study of one job and budget."""
-    return f"{job_id}/{budget_label(kept)}"
-
-
-def trials_of(storage: BaseStorage | str, job_id: str, kept: float) -> list[dict[str, Any]]:
-    """The trials of one job and budget as JSON-serializable rows, in the order of their numbers.
-
-    Returns:
-        Rows with `number`, `state` (running, complete, pruned, failed), `origin`, `kept` (exact), `score`, `scores`,
-        `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`, `worker`, `error`; empty when
-        there is no such study yet.
-    """
-    storage = optuna.storages.get_storage(storage)
-    try:
-        study_id = storage.get_study_id_from_name(study_name(job_id, kept))
-    except KeyError:
-        return []
-    return [_row(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
-
-
-def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace | None:
-    """The rank space the study was created with, which unpacks its vectors; None when there is no such study yet."""
-    storage = optuna.storages.get_storage(storage)
-    try:
-        table = storage.get_study_system_attrs(storage.get_study_id_from_name(study_name(job_id, kept))).get(_SPACE)
-    except KeyError:
-        return None
-    if table is None:
-        return None
-    targets = tuple(Target(**dict(zip(table["columns"], row, strict=True))) for row in table["targets"])
-    return RankSpace(targets=targets, rank_multiple=table["rank_multiple"], keep_dense=tuple(table["keep_dense"]))
 
 
 class RankStudy:
@@ -168,7 +127,7 @@ class RankStudy:
 
     def history(self) -> list[dict[str, Any]]:
         """The trials as rows; see `trials_of`."""
-        return [_row(trial) for trial in self._trials()]
+        return [row(trial) for trial in self._trials()]
 
     def ask(self) -> Proposal | None:
         """The next vector to evaluate; None when all trials are given out or no new vector exists.
@@ -332,7 +291,7 @@ class RankStudy:
         if self._storage.get_trial(trial_id).state.is_finished():
             return
         try:
-            self._storage.set_trial_user_attr(trial_id, _RESULT, result)
+            self._storage.set_trial_user_attr(trial_id, RESULT, result)
             self._storage.set_trial_state_values(trial_id, state, values)
         except optuna.exceptions.UpdateFinishedTrialError:
             # another worker finished it between the two lines above; the first result stands
@@ -340,7 +299,7 @@ class RankStudy:
 
     def _describe(self, job_id: str, model: str) -> None:
         """What the dashboard shows about the study, and the table that unpacks its vectors; written once."""
-        if _SPACE in self._storage.get_study_system_attrs(self._study_id):
+        if SPACE in self._storage.get_study_system_attrs(self._study_id):
             return
         with _stable():
             self._study.set_metric_names([self.spec.objective])
@@ -354,7 +313,7 @@ class RankStudy:
             "rank_multiple": self.space.rank_multiple,
             "keep_dense": list(self.space.keep_dense),
         }
-        self._storage.set_study_system_attr(self._study_id, _SPACE, json.loads(json.dumps(table)))
+        self._storage.set_study_system_attr(self._study_id, SPACE, json.loads(json.dumps(table)))
 
 
 @contextmanager
@@ -363,21 +322,3 @@ def _stable() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
-
-
-def _row(trial: FrozenTrial) -> dict[str, Any]:
-    result = trial.user_attrs.get(_RESULT, {})
-    complete = trial.state == TrialState.COMPLETE
-    return {
-        "number": trial.number,
-        "state": _STATES[trial.state],
-        "origin": trial.user_attrs.get("origin"),
-        "kept": trial.user_attrs.get("kept"),
-        "score": trial.value if complete else None,
-        "scores": result.get("scores", {}) if complete else {},
-        "intermediate": {str(step): value for step, value in sorted(trial.intermediate_values.items())},
-        "ranks": trial.user_attrs.get(RANKS),
-        "seconds": result.get("seconds"),
-        "worker": result.get("worker"),
-        "error": result.get("error"),
-    }

@@ -1,0 +1,79 @@
+"""How a rank study is written down in Optuna, and how to read it back: no sampler, no spectra, no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from ranksearch.search.coordinates import RANKS
+from ranksearch.search.space import RankSpace
+from ranksearch.search.spec import budget_label
+from ranksearch.search.targets import Target
+
+RESULT = "result"
+"""The trial's user attribute with everything but the score that telling it brought."""
+SPACE = "ranksearch:space"
+"""The study's system attribute with the table of targets."""
+_STATES = {
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+def study_name(job_id: str, kept: float) -> str:
+    """The name of the study of one job and budget."""
+    return f"{job_id}/{budget_label(kept)}"
+
+
+def trials_of(storage: BaseStorage | str, job_id: str, kept: float) -> list[dict[str, Any]]:
+    """The trials of one job and budget as JSON-serializable rows, in the order of their numbers.
+
+    Returns:
+        Rows with `number`, `state` (running, complete, pruned, failed), `origin`, `kept` (exact), `score`, `scores`,
+        `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`, `worker`, `error`; empty when
+        there is no such study yet.
+    """
+    storage = optuna.storages.get_storage(storage)
+    try:
+        study_id = storage.get_study_id_from_name(study_name(job_id, kept))
+    except KeyError:
+        return []
+    return [row(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
+
+
+def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace | None:
+    """The rank space the study was created with, which unpacks its vectors; None when there is no such study yet."""
+    storage = optuna.storages.get_storage(storage)
+    try:
+        table = storage.get_study_system_attrs(storage.get_study_id_from_name(study_name(job_id, kept))).get(SPACE)
+    except KeyError:
+        return None
+    if table is None:
+        return None
+    targets = tuple(Target(**dict(zip(table["columns"], row, strict=True))) for row in table["targets"])
+    return RankSpace(targets=targets, rank_multiple=table["rank_multiple"], keep_dense=tuple(table["keep_dense"]))
+
+
+def row(trial: FrozenTrial) -> dict[str, Any]:
+    """One trial as a JSON-serializable row; see `trials_of`."""
+    result = trial.user_attrs.get(RESULT, {})
+    complete = trial.state == TrialState.COMPLETE
+    return {
+        "number": trial.number,
+        "state": _STATES[trial.state],
+        "origin": trial.user_attrs.get("origin"),
+        "kept": trial.user_attrs.get("kept"),
+        "score": trial.value if complete else None,
+        "scores": result.get("scores", {}) if complete else {},
+        "intermediate": {str(step): value for step, value in sorted(trial.intermediate_values.items())},
+        "ranks": trial.user_attrs.get(RANKS),
+        "seconds": result.get("seconds"),
+        "worker": result.get("worker"),
+        "error": result.get("error"),
+    }
