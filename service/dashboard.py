@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import optuna
 from a2wsgi import WSGIMiddleware
+from starlette.datastructures import Headers
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import RedirectResponse
 from starlette.routing import Match, Mount
@@ -78,4 +79,6 @@ class ReadOnly:
         elif scope["path"] == "/":
             await RedirectResponse("/dashboard/", 302)(scope, receive, send)
         else:
+            if "accept-encoding" not in Headers(scope=scope):  # the dashboard breaks without one
+                scope = {**scope, "headers": [*scope["headers"], (b"accept-encoding", b"identity")]}
             await self.app(scope, receive, send)

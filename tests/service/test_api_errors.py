@@ -347,7 +347,7 @@ def test_a_crash_is_a_500_that_tells_nothing(home: Path, good: dict[str, Any]) -
 def test_a_database_that_is_gone_is_a_503(home: Path, good: dict[str, Any]) -> None:
     app = create_app(load_settings(data_dir=home / "gone"))
     with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
-        with app.state.context.engine.connect() as connection:
+        with app.state.context.engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE job RENAME TO job_away")
         answer = client.get("/v1/jobs")
     assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")

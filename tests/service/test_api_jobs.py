@@ -57,6 +57,7 @@ def test_the_same_key_gives_the_same_job(client: TestClient, context: Context, b
     assert late.json()["id"] != first.json()["id"]
 
 
+@pytest.mark.one_database
 def test_a_key_belongs_to_its_token(settings: Settings, body: dict[str, Any]) -> None:
     hashes = tuple(hashlib.sha256(token).hexdigest() for token in (b"one", b"two"))
     with TestClient(create_app(settings.model_copy(update={"tokens": hashes}))) as client:
@@ -83,6 +84,7 @@ def test_the_same_key_at_the_same_time_makes_one_job(client: TestClient, body: d
     assert len(client.get("/v1/jobs").json()["data"]) == 1
 
 
+@pytest.mark.one_database
 def test_a_refused_job_leaves_nothing(client: TestClient, context: Context, body: dict[str, Any]) -> None:
     refused = client.post("/v1/jobs", json={**body, "budget": {"kept": [1e-6]}}, headers={"Idempotency-Key": "k"})
     assert refused.status_code == 422
@@ -128,6 +130,7 @@ def test_a_running_job_is_asked_to_stop(client: TestClient, context: Context, bo
     assert (kept["status"], kept["best"]) == ("cancelled", {"0.5": {"score": 27.5, "trial": 3}})
 
 
+@pytest.mark.one_database
 def test_what_is_over_is_not_cancelled(client: TestClient, context: Context, body: dict[str, Any]) -> None:
     job = client.post("/v1/jobs", json=body).json()
     context.jobs.fail(job["id"], {"code": "out_of_memory", "message": "too big", "data": {"device": "cpu"}})
@@ -160,6 +163,7 @@ def test_a_job_is_deleted_with_all_it_had(client: TestClient, context: Context, 
     assert client.post("/v1/jobs", json=body, headers={"Idempotency-Key": "k"}).json()["id"] != job["id"]
 
 
+@pytest.mark.one_database
 def test_workers_are_listed(client: TestClient, context: Context) -> None:
     context.workers.register("host:cpu", host="host", device="cpu", pid=1, memory_bytes=10**11)
     context.workers.heartbeat("host:cpu", pid=1, job_id="job_a", trial=7)
@@ -196,12 +200,14 @@ def test_readiness_needs_the_newest_schema(client: TestClient, context: Context)
     assert client.get("/healthz").status_code == 200
 
 
+@pytest.mark.one_database
 def test_a_request_keeps_its_id(client: TestClient) -> None:
     assert client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
     made = client.get("/nope", headers={"X-Request-ID": "a b\t"})
     assert made.headers["x-request-id"] == made.json()["request_id"] != "a b"
 
 
+@pytest.mark.one_database
 def test_the_description_of_the_api_can_be_read(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.")
@@ -209,6 +215,7 @@ def test_the_description_of_the_api_can_be_read(client: TestClient) -> None:
     assert document["components"]["schemas"]["JobSpec"]["additionalProperties"] is False
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("path", ["/v1/jobs/job_x", "/v1/jobs/job_x/trials", "/v1/jobs/job_x/events"])
 def test_an_unknown_job_is_404(client: TestClient, path: str) -> None:
     answer = client.get(path)

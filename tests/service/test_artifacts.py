@@ -73,6 +73,7 @@ def test_a_calibration_is_found_by_later_jobs(store: ArtifactStore, jobs: Jobs, 
     assert store.find("calibration", "f", job_id=finished(jobs, spec)) is None
 
 
+@pytest.mark.one_database
 def test_a_damaged_calibration_is_not_found(store: ArtifactStore, jobs: Jobs, spec: JobSpec, tmp_path: Path) -> None:
     job = finished(jobs, spec)
     source = tmp_path / "moments"
@@ -103,6 +104,7 @@ def test_a_job_that_is_not_over_is_not_deleted(store: ArtifactStore, jobs: Jobs,
     assert jobs.events(job.id) == []
 
 
+@pytest.mark.one_database
 def test_a_full_disk_is_said_and_leaves_nothing(store: ArtifactStore, jobs: Jobs, spec: JobSpec) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"some"
@@ -114,6 +116,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(store: ArtifactStore, jobs: Jobs
     assert files(store) == []
 
 
+@pytest.mark.one_database
 def test_an_interrupted_write_leaves_nothing(store: ArtifactStore, jobs: Jobs, spec: JobSpec) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"some"

@@ -77,6 +77,7 @@ def test_a_job_is_followed_to_its_end(url: str, context: Context, job: dict[str,
     assert [event["id"] for event in seen] == sorted({event["id"] for event in seen})
 
 
+@pytest.mark.one_database
 def test_a_stream_goes_on_where_it_broke(url: str, context: Context, job: dict[str, Any]) -> None:
     context.jobs.set_running(job["id"], "w")
     with httpx.stream("GET", job["links"]["events"], timeout=30) as response:
@@ -91,6 +92,7 @@ def test_a_stream_goes_on_where_it_broke(url: str, context: Context, job: dict[s
     assert (over.status_code, over.content) == (204, b"")
 
 
+@pytest.mark.one_database
 def test_silence_is_filled_with_pings(url: str, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events_module, "PING_SECONDS", 0.1)
     monkeypatch.setattr(events_module, "POLL_SECONDS", 0.05)
@@ -99,6 +101,7 @@ def test_silence_is_filled_with_pings(url: str, job: dict[str, Any], monkeypatch
         assert any(line == ": ping" for line in lines)
 
 
+@pytest.mark.one_database
 def test_many_followers_do_not_block_the_server(url: str, job: dict[str, Any]) -> None:
     """More than the server has threads."""
     with httpx.Client(timeout=30, limits=httpx.Limits(max_connections=None)) as client:
@@ -112,6 +115,7 @@ def test_many_followers_do_not_block_the_server(url: str, job: dict[str, Any]) -
             stream.__exit__(None, None, None)
 
 
+@pytest.mark.one_database
 def test_the_same_events_as_a_list(url: str, context: Context, job: dict[str, Any]) -> None:
     context.jobs.set_running(job["id"], "w")
     context.jobs.set_stage(job["id"], "prepare")
@@ -123,6 +127,7 @@ def test_the_same_events_as_a_list(url: str, context: Context, job: dict[str, An
     assert rest["next"] is None
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 30])
 def test_a_last_event_id_that_is_none(url: str, job: dict[str, Any], last: str) -> None:
     answer = httpx.get(job["links"]["events"], headers={"Last-Event-ID": last})

@@ -185,6 +185,7 @@ def test_numbers_that_are_not_finite_become_null(jobs: Jobs, spec: JobSpec) -> N
     assert jobs.get(job.id).progress == 1.0
 
 
+@pytest.mark.one_database
 def test_the_same_best_again_is_no_news(jobs: Jobs, spec: JobSpec) -> None:
     job = jobs.create(spec)
     jobs.set_running(job.id, "w")

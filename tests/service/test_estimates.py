@@ -1,0 +1,118 @@
+"""Models looked at from outside, and what is said about jobs over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from ranksearch.search.errors import UnsupportedModel
+from ranksearch.service.context import Context
+from ranksearch.service.models import Tensor, find_targets, read_folder
+from ranksearch.service.store.settings import Settings
+
+from .models import BLOCKS, HIDDEN, INNER, weights, write_model
+
+pytestmark = pytest.mark.one_database
+
+
+def tensors(*shapes: tuple[str, tuple[int, ...]], dtype: str = "F32") -> dict[str, Tensor]:
+    return {name: Tensor(dtype=dtype, shape=shape, size=0) for name, shape in shapes}
+
+
+def test_targets_are_the_matrices_of_the_blocks(settings: Settings, model: Path) -> None:
+    found = find_targets(read_folder(model, settings))
+    assert len(found) == 7 * BLOCKS
+    assert [t.depth for t in found] == [0] * 7 + [1] * 7
+    down = next(t for t in found if t.name == "model.layers.1.mlp.down_proj")
+    assert (down.kind, down.out_features, down.in_features) == ("mlp.down_proj", HIDDEN, INNER)
+
+
+def test_targets_are_those_the_worker_finds(settings: Settings, allowed: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from ranksearch.worker.targets import find_targets as find_in_model
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 11, "vocab_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for family in ("Llama", "Qwen3"):
+        config = getattr(transformers, f"{family}Config")(**small, **heads, head_dim=4)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        model.save_pretrained(allowed / family)
+        assert set(find_targets(read_folder(allowed / family, settings))) == set(find_in_model(model))
+
+
+def test_experts_and_towers_are_told_apart() -> None:
+    found = find_targets(
+        tensors(
+            ("model.layers.0.mlp.experts.3.up_proj.weight", (64, 32)),
+            ("model.layers.0.mlp.gate.weight", (4, 32)),
+            ("vision.blocks.0.fc.weight", (32, 32)),
+            ("model.layers.0.mlp.fused.weight", (4, 64, 32)),
+            ("model.layers.0.score.weight", (1, 32)),
+            ("model.layers.0.norm.weight", (32,)),
+            ("model.embed_tokens.weight", (100, 32)),
+        )
+    )
+    assert [(t.name, t.kind) for t in found] == [
+        ("model.layers.0.mlp.experts.3.up_proj", "model.layers.mlp.experts.up_proj"),
+        ("model.layers.0.mlp.gate", "model.layers.mlp.gate"),
+        ("vision.blocks.0.fc", "vision.blocks.fc"),
+    ]
+
+
+def test_quantized_tensors_are_no_targets() -> None:
+    with pytest.raises(UnsupportedModel):
+        find_targets(tensors(("model.layers.0.q.weight", (32, 32)), dtype="I8"))
+
+
+def test_an_estimate_adds_up(client: TestClient, body: dict[str, Any]) -> None:
+    answer = client.post("/v1/estimates", json={**body, "budget": {"kept": [0.5, 0.25]}}).json()
+    held = weights()
+    total = sum(tensor.size for tensor in held.values())
+    targets = sum(tensor.size for name, tensor in held.items() if "_proj" in name)
+    assert answer["parameters"] == {"model": total, "targets": targets}
+    assert answer["model_bytes"] == 4 * total
+    half, quarter = answer["budgets"]
+    assert half["target_parameters"] == targets // 2
+    assert half["model_parameters"] == total - targets + targets // 2
+    assert half["checkpoint_bytes"] == 4 * half["model_parameters"]
+    assert quarter["checkpoint_bytes"] < half["checkpoint_bytes"]
+    ranks = {kind["kind"]: (kind["count"], kind["break_even_rank"]) for kind in answer["break_even"]}
+    square, wide = (HIDDEN * HIDDEN - 1) // (2 * HIDDEN), (HIDDEN * INNER - 1) // (HIDDEN + INNER)
+    assert ranks["self_attn.q_proj"] == (BLOCKS, square)
+    assert ranks["mlp.down_proj"] == (BLOCKS, wide)
+    smallest = sum((t.shape[0] + t.shape[1]) for name, t in held.items() if "_proj" in name) / targets
+    assert smallest <= answer["minimum_kept"] < smallest * 1.01
+    assert answer["disk"]["total_bytes"] == sum(v for k, v in answer["disk"].items() if k != "total_bytes")
+    assert answer["memory"]["trial_bytes"] > answer["memory"]["model_bytes"] == 4 * total
+    assert answer["minutes"] is None
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_minutes_follow_the_fastest_living_worker(client: TestClient, context: Context, body: dict[str, Any]) -> None:
+    for name, flops in (("slow", 1e9), ("fast", 1e10), ("new", None)):
+        context.workers.register(name, host="h", device="cpu", pid=1, flops=flops)
+    spec = {**body, "search": {"trials": 100}}
+    fast = client.post("/v1/estimates", json=spec).json()["minutes"]
+    assert set(fast) == {"calibrate", "factor", "search", "finish", "total"}
+    context.workers.remove("fast")
+    slow = client.post("/v1/estimates", json=spec).json()["minutes"]
+    assert slow["search"] == pytest.approx(10 * fast["search"], rel=0.01)
+    more = client.post("/v1/estimates", json={**spec, "search": {"trials": 200}}).json()["minutes"]
+    assert more["search"] == pytest.approx(2 * slow["search"], rel=0.01)
+    weight = client.post("/v1/estimates", json={**spec, "method": {"metric": "weight"}}).json()
+    assert weight["minutes"]["calibrate"] == 0
+    assert weight["disk"]["calibration_bytes"] == 0
+
+
+def test_an_estimate_refuses_what_a_job_would(client: TestClient, body: dict[str, Any], allowed: Path) -> None:
+    small = client.post("/v1/estimates", json={**body, "budget": {"kept": [0.001]}})
+    assert (small.status_code, small.json()["code"]) == (422, "impossible_budget")
+    write_model(allowed / "flat", {"w": np.zeros((2, 2), np.float32)})
+    flat = client.post("/v1/estimates", json={**body, "model": {"source": str(allowed / "flat")}})
+    assert (flat.status_code, flat.json()["code"]) == (422, "unsupported_model")
