@@ -45,11 +45,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is busy otherwise"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
 
-def interleave(runs: dict[str, Callable[[], Any]], repetitions: int, device: torch.device) -> dict[str, float]:
+def interleave(
+    runs: dict[str, Callable[[], Any]], repetitions: int, device: torch.device, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median seconds of each run; every round runs each of them once."""
 
     def wait() -> None:
@@ -60,11 +65,11 @@ def interleave(runs: dict[str, Callable[[], Any]], repetitions: int, device: tor
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
             wait()
-            begun = time.perf_counter()
+            begun = clock()
             run()
             wait()
             if repetition:  # the first round warms up
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(clock() - begun)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -86,6 +91,7 @@ def swapped(model: nn.Module, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]
 
 def main() -> None:
     args = arguments()
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     model, _ = load_model(args.model, dtype=args.dtype, device=args.device)
     targets = find_targets(model)
     space = RankSpace(targets=targets)
@@ -128,9 +134,9 @@ def main() -> None:
 
         def trial(ranks: dict[str, int] = ranks, building: dict[str, list[float]] = building) -> None:
             with PrefixModel(model, bank, targets) as prefix:
-                begun = time.perf_counter()
+                begun = clock()
                 prefix.set_ranks(ranks)
-                building["set ranks"].append(time.perf_counter() - begun)
+                building["set ranks"].append(clock() - begun)
                 evaluation.score(model)
 
         def rebuilt(
@@ -139,9 +145,9 @@ def main() -> None:
             ranks: dict[str, int] = factored,
             building: dict[str, list[float]] = building,
         ) -> None:
-            begun = time.perf_counter()
+            begun = clock()
             built = build(ranks)
-            building[way].append(time.perf_counter() - begun)
+            building[way].append(clock() - begun)
             evaluation.score(built)
 
         rounds[f"{kept:g}"] = interleave(
@@ -155,6 +161,7 @@ def main() -> None:
             },
             args.repetitions,
             model.device,
+            clock,
         )
         # the first of each was the warm-up
         medians = {f"{way}, before scoring": statistics.median(values[1:]) for way, values in building.items()}
@@ -166,7 +173,7 @@ def main() -> None:
         f"{blocks.numel():,} tokens, {evaluation.batch_tokens} per pass, logits of {evaluation.chunk_tokens} at once\n"
     )
     head = "".join(f" kept {kept} |" for kept in rounds) + "\n" + "|---" * (1 + len(rounds)) + "|"
-    print(f"| median seconds |{head}")
+    print(f"| median {args.clock} seconds |{head}")
     for name in next(iter(rounds.values())):
         print(f"| {name} |" + "".join(f" {seconds[name]:.4f} |" for seconds in rounds.values()))
     against = {

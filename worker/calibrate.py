@@ -100,7 +100,8 @@ def calibrate(
         blocks: Token ids, `sequences x length`.
         gradients: Also run the backward pass and accumulate G.
         batch_tokens: Tokens per forward (and backward) pass; at least one sequence.
-        memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit.
+        memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit. None
+            is half of what a CUDA device has free, and no limit elsewhere.
         progress: Told the fraction done.
 
     Raises:
@@ -108,26 +109,27 @@ def calibrate(
     """
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
+    if memory_limit is None and readout.device.type == "cuda":
+        memory_limit = torch.cuda.mem_get_info(readout.device)[0] // 2
     passes = _split(groups, gradients=gradients, limit=memory_limit)
-    inputs: dict[str, Moments] = {}
-    outputs: dict[str, Moments] = {}
+    total = blocks.numel()
+    found: dict[str, dict[str, Any]] = {"inputs": {}, "means": {}, "gradients": {}, "tokens": {}}
     for index, part in enumerate(passes):
         observer = _Observer(model, part, pools=-(-len(blocks) // POOL), gradients=gradients)
         with observer, _frozen(model):
             for done in _passes(readout, blocks, observer, gradients=gradients, batch_tokens=batch_tokens):
                 progress((index + done) / len(passes))
-        inputs |= observer.inputs
-        outputs |= observer.outputs
+        # off the device before the next pass needs its memory
+        for name, moments in observer.inputs.items():
+            found["inputs"][name] = moments.mean().cpu()
+            found["means"][name] = moments.pool_means().cpu()
+            found["tokens"][name] = moments.tokens
+        for name, moments in observer.outputs.items():
+            found["gradients"][name] = moments.mean(total).cpu()
+        del observer, moments
     leader = {target.name: group[0].name for group in groups for target in group}
-    total = blocks.numel()
-    return Calibration(
-        inputs={name: moments.mean().cpu() for name, moments in inputs.items()},
-        means={name: means.cpu() for name, moments in inputs.items() if (means := moments.pool_means()) is not None},
-        leader=leader,
-        gradients={name: moments.mean(total).cpu() for name, moments in outputs.items()},
-        tokens={name: inputs[lead].tokens for name, lead in leader.items()},
-        total_tokens=total,
-    )
+    found["tokens"] = {name: found["tokens"][lead] for name, lead in leader.items()}
+    return Calibration(leader=leader, total_tokens=total, **found)
 
 
 class _Observer:

@@ -21,12 +21,12 @@ POOL = 32
 
 
 class Moments:
-    """Running sums of `x x'` and, when pools are given, of `x` per pool; all in fp32.
+    """Running sums of `x x'` and, where pools are given, of `x` per pool; all in fp32.
 
     Attributes:
         second: `n x n`, sum of x x'.
-        sums: `pools x n`, sum of x over each pool; None when means are not wanted.
-        counts: `pools`, tokens in each pool, on the CPU; None likewise.
+        sums: `pools x n`, sum of x over each pool; no rows when means are not wanted.
+        counts: `pools`, tokens in each pool, on the CPU.
         tokens: Vectors seen so far.
     """
 
@@ -39,8 +39,8 @@ class Moments:
             device: Where the features are.
         """
         self.second = torch.zeros(size, size, dtype=torch.float32, device=device)
-        self.sums = torch.zeros(pools, size, dtype=torch.float32, device=device) if pools else None
-        self.counts = torch.zeros(pools, dtype=torch.float32) if pools else None
+        self.sums = torch.zeros(pools, size, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(pools, dtype=torch.float32)
         self.tokens = 0
 
     def add(self, X: Tensor, pool: int = 0) -> None:
@@ -53,7 +53,7 @@ class Moments:
         X = X.detach().reshape(-1, X.shape[-1]).float()
         self.second.addmm_(X.mT, X)
         self.tokens += X.shape[0]
-        if self.sums is not None and self.counts is not None:
+        if len(self.counts):
             self.sums[pool] += X.sum(0)
             self.counts[pool] += X.shape[0]
 
@@ -70,10 +70,8 @@ class Moments:
         """
         return self.second / max(1, self.tokens if tokens is None else tokens)
 
-    def pool_means(self) -> Tensor | None:
-        """`pools x n` means of x, zero for a pool that saw nothing."""
-        if self.sums is None or self.counts is None:
-            return None
+    def pool_means(self) -> Tensor:
+        """`pools x n` means of x, zero for a pool that saw nothing; no rows when no pools are kept."""
         return self.sums / self.counts.clamp(min=1).to(self.sums.device).unsqueeze(1)
 
 
