@@ -100,8 +100,8 @@ def calibrate(
         blocks: Token ids, `sequences x length`.
         gradients: Also run the backward pass and accumulate G.
         batch_tokens: Tokens per forward (and backward) pass; at least one sequence.
-        memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit. None
-            is half of what a CUDA device has free, and no limit elsewhere.
+        memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit.
+            None is half of what a CUDA device has free, and no limit elsewhere.
         progress: Told the fraction done.
 
     Raises:
