@@ -69,7 +69,7 @@ def events(
 def _page(context: Context, job_id: str, limit: int, after: str | None) -> Response:
     found = context.jobs.events(job_id, after=cursor(after) or 0, limit=limit + 1)
     shown = [EventAnswer(id=e.id, time=e.time, kind=e.kind, data=e.data) for e in found[:limit]]
-    page = Page(data=shown, next=str(shown[-1].id) if len(found) > limit else None)
+    page = Page[EventAnswer](data=shown, next=str(shown[-1].id) if len(found) > limit else None)
     return JSONResponse(page.model_dump(mode="json"))
 
 

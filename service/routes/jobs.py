@@ -12,7 +12,7 @@ from sqlalchemy import bindparam, text
 
 from ranksearch.search.errors import Conflict
 from ranksearch.search.spec import JobSpec
-from ranksearch.search.study import study_name
+from ranksearch.search.trials import study_name
 from ranksearch.service import submission
 from ranksearch.service.context import Context, Ctx
 from ranksearch.service.routes.answers import After, JobAnswer, Limit, Page, base_url, cursor, job_answer

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from ranksearch.search.errors import InvalidInput, NotFound
 from ranksearch.search.spec import budget_label
-from ranksearch.search.study import space_of, trials_of
+from ranksearch.search.trials import space_of, trials_of
 from ranksearch.service.context import Context, Ctx
 from ranksearch.service.routes.answers import After, Limit, Page, cursor
 from ranksearch.service.store.jobs import Job

@@ -26,11 +26,7 @@ from ranksearch.service.watch import Progress
 
 Run = Callable[..., Any]
 
-
-@pytest.fixture
-def database_kind() -> str:
-    """The commands see no database; one kind will do."""
-    return "sqlite"
+pytestmark = pytest.mark.one_database  # the commands see no database
 
 
 @pytest.fixture
