@@ -17,7 +17,9 @@ class _Part(BaseModel):
 class ModelSource(_Part):
     """The model to compress."""
 
-    source: str = Field(min_length=1, max_length=4096, description="Hub id or local folder.", examples=["Qwen/Qwen3-0.6B"])
+    source: str = Field(
+        min_length=1, max_length=4096, description="Hub id or local folder.", examples=["Qwen/Qwen3-0.6B"]
+    )
     revision: str | None = Field(None, description="Hub revision.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored.")
     trust_remote_code: bool = Field(False, description="Needs the server's consent as well.")
@@ -84,7 +86,9 @@ class Method(_Part):
     form: Literal["factored"] = "factored"
     rank_multiple: Annotated[int, Field(ge=1, le=4096)] = 1
     keep_dense: list[str] = Field(default_factory=list, description="Shell patterns of target names, e.g. `*.v_proj`.")
-    refine: Annotated[list[str], Field(max_length=0)] = Field(default_factory=list, description="None is available yet.")
+    refine: Annotated[list[str], Field(max_length=0)] = Field(
+        default_factory=list, description="None is available yet."
+    )
 
 
 class Search(_Part):
@@ -95,14 +99,23 @@ class Search(_Part):
     objective: Literal["perplexity", "kl"] = "perplexity"
     pruner: Literal["wilcoxon", "none"] = "wilcoxon"
     parallelism: Annotated[int, Field(ge=1, le=256)] = 1
-    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="For the trials of each budget.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @field_validator("parallelism")
+    @classmethod
+    def _one_at_a_time(cls, parallelism: int) -> int:
+        if parallelism > 1:
+            raise ValueError("the trials of a job run one at a time as yet; leave parallelism at 1")
+        return parallelism
 
 
 class Export(_Part):
     """How checkpoints are written."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the model is stored.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as the model is stored."
+    )
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -28,7 +29,8 @@ from ranksearch.service.store.workers import Workers
 from ranksearch.worker.attempts import RELEASED
 from ranksearch.worker.device_client import DeviceClient
 from ranksearch.worker.identity import process_facts, refuse_twins, worker_id
-from ranksearch.worker.running_job import WorkerState
+from ranksearch.worker.reaper import Reaper
+from ranksearch.worker.running_job import WorkerState, work_folder
 from ranksearch.worker.workflow import JobWorkflow
 
 log = logging.getLogger("ranksearch.worker")
@@ -83,6 +85,7 @@ class Agent:
             checkpoints=Checkpoints(engine),
             device=device,
         )
+        self._reaper = Reaper(self._state.jobs, workers, self._queue)
         self._register(facts)
         threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True).start()
         self._launch()
@@ -104,6 +107,8 @@ class Agent:
             flops=float(str(facts["flops"])),
             facts={**facts, **process_facts()},
         )
+        self._reaper.forget()
+        shutil.rmtree(work_folder(self._settings, self._state.identity), ignore_errors=True)
 
     def _launch(self) -> None:
         """Start the engine: from here on jobs come in, first the one this worker left behind."""
@@ -127,16 +132,9 @@ class Agent:
                 if not mine or silence > ttl:
                     # others took this worker for dead and may have its job: what it does now is void
                     self._start_afresh(f"silent for {silence:.0f} s" if mine else "its place was taken")
-                self._reap()
+                self._reaper.sweep()
             except DBAPIError as error:
                 log.warning("no heartbeat: %s", error.orig)
-
-    def _reap(self) -> None:
-        """Put the jobs of silent workers back into the queue."""
-        alive = [worker.id for worker in self._workers.all() if worker.alive]
-        for job_id, dead in self._queue.requeue_lost(alive):
-            log.warning("worker %s is silent; job %s goes on elsewhere", dead, job_id, extra={"job": job_id})
-            self._state.jobs.release(job_id, dead, f"worker {dead} fell silent; the job goes on with another")
 
     # the end
 

@@ -1,9 +1,9 @@
 """The device process: `python -m ranksearch.worker.device DEVICE` has torch and the model, and does what it is asked.
 
 It speaks JSON, one object per line. Requests come on stdin as `{"id", "op", ...}`; on stdout go `{"id", "progress"}`,
-`{"id", "result"}` or `{"id", "error": {code, message, data}}`, and first of all `{"hello": {...}}`. Being a process of its
-own, it may run out of memory, crash, or be killed for a cancellation without taking the worker down; it ends when the
-agent does.
+`{"id", "result"}` or `{"id", "error": {code, message, data}}`, and first of all `{"hello": {...}}`. Being a process of
+its own, it may run out of memory, crash, or be killed for a cancellation without taking the worker down; it ends when
+the agent does.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from ranksearch.search.errors import RanksearchError
 from ranksearch.worker.device import error_from
 
 POLL_SECONDS = 0.25  # how often a waiting agent looks whether it should stop waiting
+FINISH_SECONDS = 0.5  # what a process may take to answer when nobody waits for the answer any more
 
 
 class DeviceDied(RanksearchError):
@@ -70,7 +72,11 @@ class DeviceClient:
                     stdout=subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent, which then ends this process
                 )
-                self.hello = self._read(check)["hello"]
+                try:
+                    self.hello = self._read(check)["hello"]
+                except BaseException:
+                    self.kill()
+                    raise
         return self.hello
 
     def ask(
@@ -86,7 +92,8 @@ class DeviceClient:
         Args:
             operation: A name that the workbench knows.
             progress: Called with fractions in [0, 1] as they arrive.
-            check: Called a few times a second while waiting; when it raises, the process is killed.
+            check: Called a few times a second while waiting; when it raises, the process has a moment to finish and is
+                killed otherwise.
             **arguments: JSON-serializable arguments of the operation.
 
         Raises:
@@ -96,14 +103,31 @@ class DeviceClient:
         self.start(check)
         self._requests += 1
         self._send({"id": self._requests, "op": operation, **arguments})
-        while True:
-            reply = self._read(check)
-            if "progress" in reply:
+        try:
+            while "progress" in (reply := self._read(check)):
                 progress(reply["progress"])
-            elif "error" in reply:
-                raise error_from(reply["error"])
-            else:
-                return reply["result"]
+        except DeviceDied:
+            raise
+        except BaseException:
+            self._let_finish_or_kill()
+            raise
+        if "error" in reply:
+            raise error_from(reply["error"])
+        return reply["result"]
+
+    def _let_finish_or_kill(self) -> None:
+        """A process that is about to answer is worth more alive: it need not be started again."""
+        deadline = time.monotonic() + FINISH_SECONDS
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+        try:
+            while "progress" in self._read(check):
+                continue
+        except (TimeoutError, DeviceDied):
+            self.kill(grace=0.5)
 
     def kill(self, grace: float = 1.0) -> None:
         """End the process: SIGTERM, and SIGKILL when `grace` seconds were not enough."""
@@ -129,17 +153,13 @@ class DeviceClient:
             raise self._died() from error
 
     def _read(self, check: Callable[[], None]) -> dict[str, Any]:
-        """The next line from the process; kills it when `check` raises."""
+        """The next line from the process."""
         stdout = _pipe(self._running().stdout)
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 ready = selector.select(POLL_SECONDS)
-                try:
-                    check()
-                except BaseException:
-                    self.kill()
-                    raise
+                check()
                 if ready:
                     chunk = os.read(stdout.fileno(), 1 << 16)
                     if not chunk:

@@ -70,6 +70,11 @@ class WorkerState:
             time.sleep(60)
 
 
+def work_folder(settings: Settings, identity: str) -> Path:
+    """Where a worker keeps files on their way into the artifact store."""
+    return settings.data_dir / "work" / identity.replace(":", "-")
+
+
 class RunningJob:
     """One job while this worker has it."""
 
@@ -80,7 +85,7 @@ class RunningJob:
         self.spec_json = job.spec
         self.stage: Stage = "prepare"
         self.files: dict[str, str] = {}  # blocks, calibration, bank: what the device needs to have at hand
-        self.folder = worker.settings.data_dir / "work" / worker.identity.replace(":", "-") / job.id
+        self.folder = work_folder(worker.settings, worker.identity) / job.id
         self._looked = self._told = 0.0
 
     def enter(self, stage: Stage) -> None:
@@ -101,6 +106,14 @@ class RunningJob:
     def tell(self, kind: str, **data: Any) -> None:
         """Append an event."""
         self._keep(self.worker.jobs.add_event(self.id, kind, data, worker=self.worker.identity))
+
+    def told_trials(self, kept: float) -> set[int]:
+        """Numbers of the trials of a budget that have an event."""
+        told, last = set(), 0
+        while page := self.worker.jobs.events(self.id, after=last):
+            last = page[-1].id
+            told |= {e.data["number"] for e in page if e.kind == "trial" and e.data["kept"] == kept}
+        return told
 
     def set_best(self, kept: float, score: float, trial: int) -> None:
         """Record the best trial of a budget."""

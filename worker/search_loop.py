@@ -87,6 +87,7 @@ class _Search:
 
     def run(self) -> None:
         run, study = self._run, self._study
+        self._announce_missed()
         self._say_progress()
         while not self._out_of_time() and (proposal := study.ask()) is not None:
             run.worker.trial = proposal.number
@@ -99,7 +100,7 @@ class _Search:
             else:
                 self._tell(proposal, scores, time.monotonic() - begun)
             self._seconds.append(time.monotonic() - begun)
-            self._announce(proposal)
+            self._announce(proposal.number)
         run.worker.trial = None
 
     def _evaluate(self, proposal: Proposal) -> dict[str, float] | None:
@@ -125,10 +126,19 @@ class _Search:
         score = scores[self._spec.objective]
         self._study.tell(proposal.number, score=score, scores=scores, seconds=seconds, worker=worker)
 
-    def _announce(self, proposal: Proposal) -> None:
+    def _announce_missed(self) -> None:
+        """Tell of trials that a worker finished and then died before it said so."""
+        done = [row["number"] for row in self._study.history() if row["state"] not in ("running", "waiting")]
+        if done:
+            told = self._run.told_trials(self._study.kept)
+            for number in done:
+                if number not in told:
+                    self._announce(number)
+
+    def _announce(self, number: int) -> None:
         run, study = self._run, self._study
         rows = study.history()
-        row = next(row for row in rows if row["number"] == proposal.number)
+        row = next(row for row in rows if row["number"] == number)
         shown = {
             key: row[key]
             for key in ("number", "state", "origin", "score", "seconds", "worker", "error")

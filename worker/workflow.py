@@ -1,7 +1,7 @@
 """A job as a durable workflow: each stage is a step whose result the engine keeps, so a job continues where it was.
 
-A stage that fails does not raise: its error is the step's result, and the job is marked failed from it. Only the loss of
-the job itself leaves a step as an exception.
+A stage that fails does not raise: its error is the step's result, and the job is marked failed from it. Only the loss
+of the job itself leaves a step as an exception.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from dbos import DBOS
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError
 
 from ranksearch.search.errors import JobNotFound, RanksearchError
@@ -25,6 +26,7 @@ from ranksearch.worker.device import as_known_error
 from ranksearch.worker.running_job import JobCancelled, JobLost, RunningJob, WorkerState
 
 log = logging.getLogger("ranksearch.worker.job")
+_DATABASE_FAILURES = (DBAPIError, StorageInternalError)
 
 
 class _Over(Exception):  # a way out of the middle of a workflow, not an error
@@ -52,9 +54,9 @@ class JobWorkflow:
         try:
             if (job := self._take(job_id)) is not None:
                 self._work(job)
-        except DBAPIError as error:
+        except _DATABASE_FAILURES as error:
             self._worker.park()
-            self._give_up(f"the database failed: {error.orig}")
+            self._give_up(f"the database failed: {error}")
             raise
         except JobLost:
             raise  # another worker has it
@@ -140,10 +142,10 @@ class JobWorkflow:
         except JobLost:
             log.warning("job %s has gone to another worker", run.id, extra={"job": run.id})
             raise
-        except DBAPIError as error:
+        except _DATABASE_FAILURES as error:
             run.worker.park()
             log.exception("the database failed in stage %s", stage, extra={"job": run.id})
-            self._give_up(f"the database failed: {error.orig}")
+            self._give_up(f"the database failed: {error}")
             raise
         except Exception as error:
             run.worker.park()

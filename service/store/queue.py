@@ -6,7 +6,7 @@ The API process only holds a `JobQueue`, which writes and reads rows; workflows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions
@@ -74,6 +74,13 @@ class JobQueue:
         if waiting:
             self._client.cancel_workflow(job_id)
         return bool(waiting)
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Job -> state of its workflow, in the engine's words; jobs without one are left out."""
+        if not job_ids:
+            return {}
+        found = self._client.list_workflows(workflow_ids=list(job_ids), load_input=False, load_output=False)
+        return {workflow.workflow_id: workflow.status for workflow in found}
 
     def delete_job(self, job_id: str) -> None:
         """Forget a job's workflow and the results of its steps."""

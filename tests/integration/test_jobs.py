@@ -19,6 +19,8 @@ from ranksearch.search.spec import JobSpec
 from tests.integration.machine import Machine
 
 Spec = Callable[..., JobSpec]
+#: For what has nothing to do with the kind of database.
+on_sqlite = pytest.mark.parametrize("machine", ["sqlite"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,7 @@ def test_the_same_calibration_is_not_done_twice(worker: Machine, done: str, spec
     assert len(worker.events(job_id, "bank.cache_hit")) == 1
 
 
+@on_sqlite
 def test_a_budget_of_one_keeps_everything_dense(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(kept=[1.0]))
     worker.succeeded(job_id)
@@ -97,20 +100,24 @@ def test_a_budget_of_one_keeps_everything_dense(worker: Machine, spec: Spec) -> 
     assert budget["scores"]["final"]["evaluation"]["kl"] == pytest.approx(0, abs=1e-6)
 
 
+@on_sqlite
 def test_no_trial_begins_when_the_time_is_up(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(kept=[0.4], trials=1000, search={"timeout_seconds": 1e-6}))
     worker.succeeded(job_id)
     assert [row["origin"] for row in worker.trials(job_id, 0.4)] == ["prior", "uniform"]
 
 
+@on_sqlite
 def test_a_cancelled_job_stops_at_once_and_keeps_its_study(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(trials=5000))
     worker.wait_for_trials(job_id, 3)
+    device = worker.device_of("one")
     begun = time.monotonic()
     worker.jobs.request_cancel(job_id)
     job = worker.finished(job_id, seconds=10)
     assert job.status == "cancelled"
     assert time.monotonic() - begun < 2
+    assert worker.device_of("one") == device  # it was between two parts of a trial: no need to kill it
     assert len([row for row in worker.trials(job_id, 0.5) if row["state"] == "complete"]) >= 3
 
 
@@ -136,6 +143,7 @@ def _with_nan(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@on_sqlite
 def test_each_bad_input_fails_its_job_alone(worker: Machine, spec: Spec, material: Path, tmp_path: Path) -> None:
     text = {"path": "text", "data_files": str(material / "text.txt"), "split": "train"}
 
@@ -167,6 +175,7 @@ def test_each_bad_input_fails_its_job_alone(worker: Machine, spec: Spec, materia
     worker.succeeded(good)
 
 
+@on_sqlite
 def test_a_killed_device_process_is_replaced(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(trials=12))
     worker.wait_for_trials(job_id, 3)
@@ -178,6 +187,7 @@ def test_a_killed_device_process_is_replaced(worker: Machine, spec: Spec) -> Non
     assert [e for e in worker.events(job_id, "warning") if "SIGKILL" in e.data["message"]]
 
 
+@on_sqlite
 def test_a_device_process_that_dies_again_and_again_fails_the_job(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(trials=5000))
     worker.wait_for_trials(job_id, 1)

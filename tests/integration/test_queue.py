@@ -1,0 +1,98 @@
+"""The queue on both databases, without a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Connection, Engine
+
+from ranksearch.search.spec import JobSpec
+from ranksearch.service.store.database import database_url, open_database
+from ranksearch.service.store.jobs import Jobs
+from ranksearch.service.store.queue import JobQueue
+from ranksearch.service.store.settings import Settings
+from ranksearch.service.store.workers import Workers
+from ranksearch.worker.reaper import Reaper
+
+SPEC = JobSpec.model_validate({"model": {"source": "someone/some-model"}, "budget": {"kept": [0.5]}})
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    engine = open_database(settings)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def queue(engine: Engine) -> Iterator[JobQueue]:
+    queue = JobQueue(database_url(engine))
+    yield queue
+    queue.close()
+
+
+def _waiting(queue: JobQueue) -> list[str]:
+    return [workflow.workflow_id for workflow in queue._client.list_workflows(status="ENQUEUED")]
+
+
+def test_job_and_place_in_the_queue_are_committed_together(engine: Engine, queue: JobQueue) -> None:
+    jobs = Jobs(engine)
+    job = jobs.create(SPEC, enqueue=queue.enqueue_job)
+
+    def enqueue_and_fail(connection: Connection, job_id: str) -> None:
+        queue.enqueue_job(connection, job_id)
+        raise RuntimeError("something else in the request went wrong")
+
+    with pytest.raises(RuntimeError):
+        jobs.create(SPEC, enqueue=enqueue_and_fail)
+    assert _waiting(queue) == [job.id]
+    assert [found.id for found in jobs.unfinished()] == [job.id]
+
+
+def test_a_job_is_queued_once(engine: Engine, queue: JobQueue) -> None:
+    with engine.begin() as connection:
+        queue.enqueue_job(connection, "job_twice")
+        queue.enqueue_job(connection, "job_twice")
+    assert _waiting(queue) == ["job_twice"]
+
+
+def test_urgent_jobs_go_first(engine: Engine, queue: JobQueue) -> None:
+    with engine.begin() as connection:
+        queue.enqueue_job(connection, "job_later", priority=7)
+        queue.enqueue_job(connection, "job_sooner", priority=3)
+    priorities = {w.workflow_id: w.priority for w in queue._client.list_workflows(status="ENQUEUED")}
+    assert priorities == {"job_later": 7, "job_sooner": 3}
+
+
+def test_a_waiting_job_can_be_taken_out(engine: Engine, queue: JobQueue) -> None:
+    with engine.begin() as connection:
+        queue.enqueue_job(connection, "job_unwanted")
+    assert queue.cancel_job("job_unwanted")
+    assert not queue.cancel_job("job_unwanted")
+    assert not queue.cancel_job("job_unknown")
+    assert _waiting(queue) == []
+    queue.delete_job("job_unwanted")
+    assert queue._client.list_workflows() == []
+
+
+def test_jobs_and_queue_are_brought_together_again(engine: Engine, queue: JobQueue) -> None:
+    jobs = Jobs(engine)
+    good, unqueued = jobs.create(SPEC, enqueue=queue.enqueue_job), jobs.create(SPEC)
+    ended = jobs.create(SPEC, enqueue=queue.enqueue_job)
+    queue.cancel_job(ended.id)
+    Reaper(jobs, Workers(engine, 30), queue).reconcile()
+    assert set(_waiting(queue)) == {good.id, unqueued.id}
+    assert [job.id for job in jobs.unfinished()] == [good.id, unqueued.id]
+    error = jobs.get(ended.id).error
+    assert error is not None
+    assert "CANCELLED" in error["message"]
+
+
+def test_nothing_is_pickled(engine: Engine, queue: JobQueue) -> None:
+    with engine.begin() as connection:
+        queue.enqueue_job(connection, "job_plain")
+    schema = "dbos." if engine.dialect.name == "postgresql" else ""
+    with engine.connect() as connection:
+        stored = connection.exec_driver_sql(f"SELECT inputs FROM {schema}workflow_input").scalars().all()
+    assert stored == ['{"namedArgs":{},"positionalArgs":["job_plain"]}']

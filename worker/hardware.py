@@ -1,0 +1,63 @@
+"""What a torch device is and how fast it is."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def settle(device: str) -> torch.device:
+    """Choose a device, and make its results repeatable.
+
+    Args:
+        device: A torch device; `auto` is the first CUDA device, or the CPU.
+    """
+    # sums depend on how they are split over threads, so their number is fixed rather than left to the load
+    threads = os.environ.get("RANKSEARCH_THREADS") or os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    torch.set_num_threads(int(threads))
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return chosen
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Torch's name, product name, memory in bytes, measured fp32 operations per second, and CPU threads."""
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+    else:
+        name, memory = _cpu_name(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "device": str(device),
+        "name": name,
+        "memory_bytes": int(memory),
+        "flops": _measure_flops(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _measure_flops(device: torch.device) -> float:
+    size = 4096 if device.type == "cuda" else 512
+    a = torch.ones(size, size, device=device)
+    seconds = float("inf")
+    for _ in range(3):  # the first one also pays for starting threads and libraries
+        begun = time.perf_counter()
+        float((a @ a)[0, 0])
+        seconds = min(seconds, time.perf_counter() - begun)
+    return 2 * size**3 / seconds
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
