@@ -25,7 +25,7 @@ from ranksearch.service.client import Client
 from ranksearch.service.download import choose, fetch
 from ranksearch.service.figures import duration, number, size
 from ranksearch.service.plot import plot_search
-from ranksearch.service.serve import python
+from ranksearch.service.serve import end_with_parent, python
 from ranksearch.service.watch import follow
 
 START_SECONDS: Final = 60.0
@@ -101,7 +101,13 @@ class Demo:
         )
         with log.open("w") as out:
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # Ctrl-C ends the demo, which then stops the service in good order
+                preexec_fn=end_with_parent,
             )
         try:
             with Client(self._address(process, log), "") as client:

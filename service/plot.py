@@ -45,4 +45,7 @@ def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> No
     axes.set_xlabel("trial")
     axes.set_ylabel(f"{objective} on the evaluation text")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="small", ncols=5, loc="upper right")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(
+        frameon=False, fontsize="small", ncols=5, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1
+    )

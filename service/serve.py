@@ -151,7 +151,7 @@ class Supervisor:
             errors="replace",
             pass_fds=child.pass_fds,
             start_new_session=True,  # Ctrl-C in a terminal is for the supervisor alone
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         threading.Thread(target=self._forward, args=(child, process), daemon=True).start()
         threading.Thread(target=self._wait, args=(child, process), daemon=True).start()
@@ -210,7 +210,8 @@ def stop_on_signal(supervisor: Supervisor) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """For `preexec_fn`: let the child get SIGTERM when the thread that starts it ends, however it ends."""
     # Runs in the child between fork and exec: only one system call, whose library was loaded before the fork.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
