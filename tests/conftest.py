@@ -17,6 +17,8 @@ from ranksearch.service.store.settings import Settings, load_settings
 
 # read when huggingface_hub is first imported, so a fixture would come too late
 os.environ["HF_HUB_OFFLINE"] = "1"
+# read when torch is first imported: threads that spin while they wait cost a shared machine most of its time
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATABASES = ("sqlite", "postgresql")
 

@@ -70,6 +70,8 @@ class DeviceClient:
                     [sys.executable, "-P", "-m", "ranksearch.worker.device", self.device],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # threads that spin while they wait make a CPU shared with others many times slower
+                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent, which then ends this process
                 )
                 try:
