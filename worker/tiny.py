@@ -33,8 +33,8 @@ from ranksearch.worker.text import cut, tokenize
 
 VOCABULARY = 2048
 LENGTH = 128  # tokens per sequence
-BATCH = 16  # sequences per step
-STEPS_PER_SECOND = 8  # on two ordinary cores
+BATCH = 8  # sequences per step
+STEPS_PER_SECOND = 9  # on two ordinary cores
 SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__")
 
 
@@ -182,28 +182,61 @@ def _config(vocabulary: int, hidden: int, layers: int) -> LlamaConfig:
     )
 
 
+class _Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for the matrices inside the blocks (Jordan et al., 2024).
+
+    It reaches in half the steps what AdamW reaches, and uses the matrices' whole spectrum as long training does.
+    """
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        super().__init__(matrices, {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                update = _orthogonal(matrix.grad.lerp(average, group["momentum"]))
+                scale = math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Roughly `U V'` of `U S V'`, by five Newton-Schulz steps; the coefficients trade precision for speed."""
+    x: Tensor = matrix / (matrix.norm() + 1e-7)
+    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
 def _fit(model: Any, blocks: Tensor, steps: int, seed: int, show: bool) -> float:
-    """AdamW with a warm-up and a cosine decay over shuffled epochs; returns the mean loss of the last tenth."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=3e-3, betas=(0.9, 0.95)
-    )
+    """Train over shuffled epochs, with a warm-up and a cosine decay; returns the mean loss of the last tenth."""
+    inside = {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
+    optimizers: list[Any] = [
+        _Muon([p for p in model.parameters() if id(p) in inside]),
+        torch.optim.AdamW(
+            [p for p in model.parameters() if id(p) not in inside], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0
+        ),
+    ]
     warm = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))),
-    )
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
     losses: list[float] = []
     with tqdm(total=steps, desc="training", unit="step", disable=None if show else True, leave=False) as bar:
         for batch in _batches(blocks, steps, seed):
+            model.zero_grad(set_to_none=True)
             loss = model(input_ids=batch, labels=batch).loss
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            for part in (*optimizers, *schedules):
+                part.step()
             losses.append(loss.item())
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
             bar.update()
@@ -225,7 +258,7 @@ def _batches(blocks: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
 def perplexity(model: Any, blocks: Tensor) -> float:
     """exp of the mean negative log-likelihood over the predicted tokens of all blocks, logits in fp32."""
     total = 0.0
-    for batch in blocks.split(BATCH):
+    for batch in blocks.split(16):
         logits = model(input_ids=batch).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))

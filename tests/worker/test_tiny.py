@@ -13,7 +13,7 @@ from ranksearch.worker.models import load_model
 
 
 def small(out: Path) -> tiny.Trained:
-    return tiny.train(out, steps=12, hidden=32, layers=1, limit=60)
+    return tiny.train(out, steps=40, hidden=32, layers=1, limit=60)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_it_leaves_a_model_that_learned_and_its_texts(trained: tuple[Path, tiny.
     model, tokenizer = load_model(folder / "model")
     assert model.dtype == torch.bfloat16
     ids = tiny.tokenize(tokenizer, (folder / "test.txt").read_text())
-    assert tiny.perplexity(model, tiny.cut(ids, tiny.LENGTH)) == pytest.approx(result.test_perplexity, rel=1e-6)
+    assert tiny.perplexity(model, tiny.cut(ids, tiny.LENGTH)) == pytest.approx(result.test_perplexity, rel=1e-3)
     assert result.test_perplexity < 0.8 * len(tokenizer)  # an untrained model guesses among all tokens
     assert tokenizer.decode(tokenizer("raise ValueError")["input_ids"]) == "raise ValueError"
 
@@ -42,13 +42,13 @@ def test_the_same_seed_gives_the_same_model(trained: tuple[Path, tiny.Trained], 
 
 def test_documents_are_parsed_not_imported() -> None:
     before = set(sys.modules)
-    found = tiny.documents()
-    assert not {name for name in set(sys.modules) - before if name in ("antigravity", "this", "turtle")}
+    found = tiny.documents(limit=150)
+    assert not {name for name in set(sys.modules) - before if name.startswith(("asyncio", "antigravity", "ctypes"))}
     names = [name for name, _ in found]
     assert len(names) == len(set(names))
-    assert "json.decoder" in names
-    assert sum(len(text) for _, text in found) > 1_000_000
-    assert found[:50] == tiny.documents(limit=50)
+    assert "asyncio.events" in names
+    assert sum(len(text) for _, text in found) > 300_000
+    assert found[:100] == tiny.documents(limit=100)
 
 
 def test_train_and_test_share_no_document() -> None:
