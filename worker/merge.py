@@ -1,7 +1,11 @@
-"""Multiplying a checkpoint's factors out again, tensor by tensor; no model is built."""
+"""Multiplying a checkpoint's factors out again, tensor by tensor; no model is built.
+
+python -m ranksearch.worker.merge CHECKPOINT OUT_DIR
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -78,3 +82,16 @@ def _merged(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def _product(left: Callable[[], Tensor], right: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: left().float() @ right().float()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Write a checkpoint as an ordinary dense model folder.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    merge_to_dense(options.checkpoint, options.out)
+
+
+if __name__ == "__main__":
+    main()

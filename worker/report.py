@@ -114,11 +114,6 @@ def build_budget(
     return document
 
 
-def with_budget(report: Mapping[str, Any], kept: float) -> dict[str, Any]:
-    """The report of one checkpoint: the job's with this budget alone."""
-    return {**report, "budgets": [budget for budget in report["budgets"] if budget["kept"] == kept]}
-
-
 def libraries() -> dict[str, str]:
     """Versions of what the figures depend on."""
     versions = {"python": platform.python_version()}

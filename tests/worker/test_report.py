@@ -10,7 +10,7 @@ import pytest
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import JobSpec
 from ranksearch.search.targets import Target
-from ranksearch.worker.report import build_budget, build_report, model_card, with_budget, write_documents
+from ranksearch.worker.report import build_budget, build_report, model_card, write_documents
 
 TARGETS = (
     Target(name="model.layers.0.up", out_features=8, in_features=6, kind="up", depth=0),
@@ -62,7 +62,7 @@ def budget(kept: float = 0.7) -> dict[str, Any]:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    spec = JobSpec.model_validate({"model": {"source": "someone/model"}, "budget": {"kept": [0.7, 0.5]}})
+    spec = JobSpec.model_validate({"model": {"source": "someone/model"}, "budget": {"kept": [0.7]}})
     marks = {"model": "abc", "dataset": "def", "sequences": "ghi"}
     return build_report(
         job="job_1", spec=spec.model_dump(), fingerprints=marks, budgets=[budget(kept) for kept in spec.budget.kept]
@@ -93,11 +93,9 @@ def test_the_document_is_json_whatever_the_scores(report: dict[str, Any]) -> Non
     assert report["fingerprints"]["libraries"]["numpy"] == np.__version__
 
 
-def test_a_checkpoint_carries_its_own_budget_and_a_card(report: dict[str, Any], tmp_path: Path) -> None:
-    own = with_budget(report, 0.5)
-    assert [entry["kept"] for entry in own["budgets"]] == [0.5]
-    write_documents(tmp_path, own, source_card=CARD)
-    assert json.loads((tmp_path / "ranksearch.json").read_text()) == own
+def test_a_checkpoint_carries_its_report_and_a_card(report: dict[str, Any], tmp_path: Path) -> None:
+    write_documents(tmp_path, report, source_card=CARD)
+    assert json.loads((tmp_path / "ranksearch.json").read_text()) == report
     card = (tmp_path / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model: someone/model" in front
@@ -107,7 +105,7 @@ def test_a_checkpoint_carries_its_own_budget_and_a_card(report: dict[str, Any], 
 
 
 def test_the_card_shows_the_reports_figures(report: dict[str, Any]) -> None:
-    card = model_card(with_budget(report, 0.7))
+    card = model_card(report)
     assert "| dense | 1 | 10.000 | 0.0000 | 11.000 | 0.0000 |" in card
     assert "| uniform | 0.7 | - | - | - | - |" in card
     assert "| final | 0.7 | 12.500 | 0.2500 | 13.500 | 0.2500 |" in card
@@ -120,7 +118,7 @@ def test_the_card_shows_the_reports_figures(report: dict[str, Any]) -> None:
 
 def test_a_local_model_is_named_without_its_path(report: dict[str, Any]) -> None:
     report["spec"]["model"]["source"] = "/home/someone/models/mine"
-    card = model_card(with_budget(report, 0.7))
+    card = model_card(report)
     assert "# mine, 0.7" in card
     assert "/home" not in card
     assert "base_model" not in card

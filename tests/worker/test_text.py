@@ -11,6 +11,7 @@ import torch
 
 from ranksearch.search.errors import DatasetError, UnsupportedModel
 from ranksearch.worker import text
+from ranksearch.worker.corpus import fingerprint, read_text
 from ranksearch.worker.tiny import train_tokenizer
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu")
@@ -51,7 +52,7 @@ def test_blocks_follow_the_protocol_to_the_digit(tmp_path: Path, tokenizer: Any,
     assert torch.equal(material.test[0].tokens, blocks[:5])
     assert torch.equal(material.test[1].tokens, blocks)
     assert [part.label for part in material.test] == ["corpus.txt", f"{tmp_path.name}/corpus.txt"]
-    assert material.calibration.fingerprint == text.fingerprint(CORPUS)
+    assert material.calibration.fingerprint == fingerprint(CORPUS)
 
 
 def test_the_permutation_does_not_move_with_a_release() -> None:
@@ -82,7 +83,7 @@ def test_evaluation_of_another_length_shares_no_token_with_calibration() -> None
 def test_text_files_are_read_as_they_are_and_joined_by_a_blank_line(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second\n\n\n  end ")
     (tmp_path / "a.txt").write_text("first\n")
-    found = text.read_text(from_text(tmp_path / "b.txt", tmp_path / "a.txt"), cache_dir=tmp_path / "cache")
+    found = read_text(from_text(tmp_path / "b.txt", tmp_path / "a.txt"), cache_dir=tmp_path / "cache")
     assert found == "second\n\n\n  end \n\nfirst\n"
 
 
@@ -90,7 +91,7 @@ def test_a_columns_rows_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"body": body, "n": 1}) + "\n" for body in ("one", "", " two\n")))
     dataset = {"path": "json", "data_files": str(path), "column": "body", "split": "train"}
-    assert text.read_text(dataset, cache_dir=tmp_path / "cache") == "one\n\n\n\n two\n"
+    assert read_text(dataset, cache_dir=tmp_path / "cache") == "one\n\n\n\n two\n"
 
 
 def no_column(folder: Path) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def test_a_dataset_that_cannot_be_read_says_why(
     tmp_path: Path, make: Callable[[Path], dict[str, Any]], says: list[str]
 ) -> None:
     with pytest.raises(DatasetError) as caught:
-        text.read_text(make(tmp_path), cache_dir=tmp_path / "cache")
+        read_text(make(tmp_path), cache_dir=tmp_path / "cache")
     for words in says:
         assert words in caught.value.message
     assert not (tmp_path / "executed").exists()
