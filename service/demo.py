@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from ranksearch.service.client import Client
 from ranksearch.service.download import choose, fetch
 from ranksearch.service.figures import duration, number, size
 from ranksearch.service.plot import plot_search
-from ranksearch.service.serve import end_with_parent, python
+from ranksearch.service.serve import end_with_parent, python, python_environment
 from ranksearch.service.watch import follow
 
 START_SECONDS: Final = 60.0
@@ -37,10 +36,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 inputs = tokenizer(sys.argv[2], return_tensors="pt", return_token_type_ids=False)
-ids = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0)
+ids = model.generate(**inputs, max_new_tokens=24, do_sample=False, repetition_penalty=1.3)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
-PROMPT: Final = "The method returns"
+PROMPT: Final = "If the argument is"
 
 
 @dataclass(kw_only=True)
@@ -87,15 +86,15 @@ class Demo:
             self._say(f"{self._short(self.folder / 'model')} is there already; delete it to train again")
             return
         command = python("-m", "ranksearch.worker.tiny", str(self.folder), "--seconds", str(self.seconds))
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # a machine shared with others trains much faster so
-        if subprocess.run(command, env=environment, check=False).returncode:
+        done = subprocess.run(command, env=python_environment(), preexec_fn=end_with_parent, check=False)
+        if done.returncode:
             raise InvalidSettings("the tiny model could not be trained; the reason is above")
 
     @contextmanager
     def _service(self) -> Iterator[Client]:
         """`ranksearch serve` on a free port, for as long as the block runs."""
         log = self.folder / "serve.log"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKSEARCH_")}
+        environment = {name: value for name, value in python_environment().items() if name[:11] != "RANKSEARCH_"}
         environment["RANKSEARCH_ALLOWED_PATHS"] = str(self.folder)
         command = python(
             "-m", "ranksearch.service.cli", "serve", "--port", "0", "--data-dir", str(self.folder / "data")
@@ -160,7 +159,7 @@ class Demo:
 
     def _load(self, checkpoint: Path) -> None:
         command = [sys.executable, "-P", "-c", LOAD, str(checkpoint), PROMPT]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, env=python_environment(), capture_output=True, text=True, check=False)
         if answer.returncode:
             raise InvalidSettings(f"the checkpoint could not be loaded:\n{answer.stderr}")
         self._say(f"it writes: {answer.stdout.strip()!r}")

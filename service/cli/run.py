@@ -27,6 +27,7 @@ from ranksearch.service.serve import (
     listen,
     local_devices,
     python,
+    python_environment,
     stop_on_signal,
 )
 from ranksearch.service.store.settings import Settings, load_settings
@@ -120,9 +121,9 @@ def worker(
     """
     if not has_worker():
         raise InvalidSettings("torch and transformers are missing here: pip install 'ranksearch[worker]'")
-    os.environ["PYTHONSAFEPATH"] = "1"
     named = ["--name", name] if name else []
-    os.execv(sys.executable, python("-m", "ranksearch.worker", "--device", device, *named))
+    command = python("-m", "ranksearch.worker", "--device", device, *named)
+    os.execve(sys.executable, command, python_environment())
 
 
 def token(as_json: options.AsJson = False) -> None:

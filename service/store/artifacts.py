@@ -11,8 +11,9 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -27,6 +28,7 @@ from ranksearch.service.store.jobs import OVER
 from ranksearch.service.store.settings import Settings
 
 _CHUNK: Final = 1 << 20  # bytes
+_ABANDONED_SECONDS: Final = 24 * 3600.0  # nobody has written to a temporary file for so long: its writer was killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +57,29 @@ class ArtifactStore:
         return self.root / "blobs" / "sha256" / sha256[:2] / sha256
 
     def put_file(self, source: Path, *, job_id: str) -> Blob:
-        """Store a copy of a file for a job, hashing while writing.
+        """Move a file into the store for a job: a factor bank may be too large to lie on the disk twice.
 
         Raises:
             StorageFull: The disk is full.
             JobNotFound: The job has been deleted.
         """
         with open(source, "rb") as stream:
-            return self.put(iter(lambda: stream.read(_CHUNK), b""), job_id=job_id)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            blob = Blob(sha256=digest, size=os.fstat(stream.fileno()).st_size)
+            os.fsync(stream.fileno())
+            self._use(blob, job_id)
+            try:
+                self._place(source, blob)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                stream.seek(0)  # the store is on another filesystem
+                self.put(iter(lambda: stream.read(_CHUNK), b""), job_id=job_id)
+        source.unlink(missing_ok=True)
+        return blob
 
     def put(self, chunks: Iterable[bytes], *, job_id: str) -> Blob:
-        """Store what the chunks add up to; see `put_file`."""
+        """Store what the chunks add up to, hashing while writing; see `put_file`."""
         with self._temporary() as (stream, temporary):
             digest, size = hashlib.sha256(), 0
             for chunk in chunks:
@@ -76,12 +90,7 @@ class ArtifactStore:
             os.fsync(stream.fileno())
             blob = Blob(sha256=digest.hexdigest(), size=size)
             self._use(blob, job_id)
-            target = self.path(blob.sha256)
-            if not _complete(target, size):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, target)
-                _fsync_folder(target.parent)
+            self._place(temporary, blob)
         return blob
 
     def save(self, kind: str, fingerprint: str, source: Path, *, job_id: str) -> Path:
@@ -134,6 +143,21 @@ class ArtifactStore:
         with reading(self.engine) as connection:
             return set(connection.execute(select(uses.c.sha256).where(uses.c.job_id == job_id)).scalars())
 
+    def sweep(self) -> None:
+        """Remove what killed processes were writing."""
+        for path in (self.root / "incoming").glob("*"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
+
+    def _place(self, path: Path, blob: Blob) -> None:
+        target = self.path(blob.sha256)
+        if not _complete(target, blob.size):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.chmod(path, 0o644)
+            os.replace(path, target)
+            _fsync_folder(target.parent)
+
     def _use(self, blob: Blob, job_id: str) -> None:
         with writing(self.engine) as connection:
             _lock_uses(connection)
@@ -149,7 +173,10 @@ class ArtifactStore:
                 yield stream, path
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull(f"the disk of {self.root} is full; free space and resume the job") from error
+                raise StorageFull(
+                    f"The disk of {self.root} is full; free space and submit the job again: the calibration and the "
+                    "factor bank that it has stored are used again."
+                ) from error
             raise
         finally:
             path.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def test_the_demo_runs_from_training_to_the_picture(tmp_path: Path) -> None:
     for row in ("dense", "uniform", "prior", "best", "final"):
         assert re.search(rf"^(1|0\.3) +{row} +[\d.,]+ +[\d.]+", shown, re.MULTILINE), row
     assert re.search(r"dashboard +http://127\.0\.0\.1:\d+/dashboard/", shown)
-    assert "it writes: 'The method returns" in shown
+    assert "it writes: 'If the argument is" in shown
     assert "ranksearch serve --data-dir demo/data" in shown
 
     (budget,) = json.loads((folder / "report.json").read_text())["budgets"]
