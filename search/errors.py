@@ -1,7 +1,7 @@
 """The root of every error this project raises on purpose.
 
-Each class carries a stable `code`, the HTTP `status` it maps to, and a docstring that is its default message. A message says
-what is wrong and names the way out.
+Each class carries a stable `code`, the HTTP `status` it maps to, and a docstring that is its default message. A message
+says what is wrong and names the way out.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class OutOfMemory(RanksearchError):
 
 
 class StorageFull(RanksearchError):
-    """The disk is full; free space and resume the job."""
+    """The disk is full; free space and submit the job again."""
 
     code = "storage_full"
     status = 507

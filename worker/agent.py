@@ -109,6 +109,7 @@ class Agent:
         )
         self._reaper.forget()
         shutil.rmtree(work_folder(self._settings, self._state.identity), ignore_errors=True)
+        self._state.artifacts.sweep()
 
     def _launch(self) -> None:
         """Start the engine: from here on jobs come in, first the one this worker left behind."""

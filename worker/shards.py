@@ -102,7 +102,7 @@ def appearing(folder: Path) -> Iterator[Path]:
             os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            raise StorageFull(f"The disk is full at {folder.parent}; free space and resume the job.") from error
+            raise StorageFull(f"The disk is full at {folder.parent}; free space and try again.") from error
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -66,7 +66,9 @@ class Checkpoints:
         table, held = tables.checkpoint, tables.checkpoint_file
         with reading(self.engine) as connection:
             files = connection.execute(select(held).where(held.c.job_id == job_id).order_by(held.c.path)).all()
-            rows = connection.execute(select(table).where(table.c.job_id == job_id).order_by(table.c.created)).all()
+            # two may be published within a tick of SQLite's clock
+            order = (table.c.created, table.c.kept.desc())
+            rows = connection.execute(select(table).where(table.c.job_id == job_id).order_by(*order)).all()
         return [
             Checkpoint(
                 **row._mapping,
