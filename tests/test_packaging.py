@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -91,6 +92,16 @@ def test_the_server_needs_no_torch() -> None:
     heavy = {"torch", "transformers", "botorch", "gpytorch", "accelerate", "datasets"}
     assert not extras("service") & heavy
     assert heavy - {"gpytorch"} <= extras("worker")
+
+
+def test_a_worker_alone_has_its_command() -> None:
+    """What only the server's extra asks for is hidden; `ranksearch worker` must not miss it."""
+    hidden = {name.replace("-", "_") for name in extras("service") - extras("worker")}
+    assert {"fastapi", "uvicorn"} <= hidden
+    script = f"import sys\nsys.modules.update(dict.fromkeys({sorted(hidden)!r}))\nimport ranksearch.service.cli"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_requirement_says_which_file_needs_it() -> None:
