@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 import time
@@ -21,6 +23,8 @@ from ranksearch.search.errors import RequestRefused, ServerUnreachable
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 #: Answers of proxies and of a server that is just starting: worth another try.
 PASSING: Final = frozenset({429, 502, 503, 504})
+#: A server that was there is waited for so long: it is being started again, or its proxy is.
+PATIENCE_SECONDS: Final = 120.0
 FINISHED: Final = frozenset({"succeeded", "failed", "cancelled"})
 #: The server sends a comment at least every 15 seconds.
 SILENCE_SECONDS: Final = 60.0
@@ -44,6 +48,7 @@ class Client:
         url: Address of the server; `RANKSEARCH_URL`, else the local default.
         token: Bearer token, empty for none; `RANKSEARCH_TOKEN` when omitted.
         attempts: How often a call is tried while the server does not answer.
+        patience: How long after its last sign of life a server is still waited for, in seconds.
         transport: Another way to reach the server, for tests.
     """
 
@@ -53,12 +58,14 @@ class Client:
         token: str | None = None,
         *,
         attempts: int = 3,
+        patience: float = PATIENCE_SECONDS,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = (url or os.environ.get("RANKSEARCH_URL") or DEFAULT_URL).rstrip("/")
         token = os.environ.get("RANKSEARCH_TOKEN") if token is None else token
         headers = {"User-Agent": "ranksearch", **({"Authorization": f"Bearer {token}"} if token else {})}
-        self._attempts = attempts
+        self._attempts, self._patience = attempts, patience
+        self._heard = -math.inf  # when the server last gave a sign of life
         try:
             self._http = httpx.Client(
                 base_url=self.url,
@@ -136,7 +143,7 @@ class Client:
                     yield event
             except httpx.TransportError as error:
                 failures += 1
-                if failures >= self._attempts:
+                if self._gives_up(failures):
                     raise self._unreachable(error) from error
                 _wait(failures)
                 continue
@@ -168,20 +175,25 @@ class Client:
             raise ServerUnreachable(f"{self.url} answers, but not as a ranksearch server does.") from error
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        for attempt in range(1, self._attempts + 1):
-            last = attempt == self._attempts
+        for attempt in itertools.count(1):
             try:
                 response = self._http.request(method, path, **options)
             except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
-                if last or isinstance(error, httpx.UnsupportedProtocol):
+                if isinstance(error, httpx.UnsupportedProtocol) or self._gives_up(attempt):
                     raise self._unreachable(error) from error
             else:
-                if response.status_code not in PASSING or last:
+                passing = response.status_code in PASSING
+                if not passing:
+                    self._heard = time.monotonic()
+                if not passing or self._gives_up(attempt):
                     if response.status_code >= 400:
                         raise refusal(response)
                     return response
             _wait(attempt)
         raise AssertionError("unreachable")
+
+    def _gives_up(self, failures: int) -> bool:
+        return failures >= self._attempts and time.monotonic() - self._heard >= self._patience
 
     def _pages(self, path: str, limit: int | None) -> Iterator[JSON]:
         after: str | None = None
@@ -203,10 +215,17 @@ class Client:
         headers = {"Accept": "text/event-stream", **({"Last-Event-ID": str(after)} if after else {})}
         timeout = httpx.Timeout(SILENCE_SECONDS, connect=5.0)
         with self._http.stream("GET", f"/v1/jobs/{_part(job_id)}/events", headers=headers, timeout=timeout) as response:
+            if response.status_code in PASSING:
+                raise httpx.RemoteProtocolError(f"it answers {response.status_code}")
             if response.status_code >= 400:
                 response.read()
                 raise refusal(response)
-            yield from _parse_events(response.iter_lines(), after)
+            yield from _parse_events(self._listening(response.iter_lines()), after)
+
+    def _listening(self, lines: Iterator[str]) -> Iterator[str]:
+        for line in lines:
+            self._heard = time.monotonic()
+            yield line
 
     def _own(self, url: str) -> httpx.URL:
         """A URL of our server, by the scheme and port that lead to it from here: a proxy may stand between."""

@@ -76,6 +76,20 @@ def test_events_go_on_after_the_last_one_that_came() -> None:
     assert "last-event-id: 7" in heads[1].lower()
 
 
+def test_a_server_that_was_there_is_waited_for() -> None:
+    stream, events = "text/event-stream", b'id: 1\nevent: stage\ndata: {"stage": "search"}\n\n'
+    away = [hang_up, reply(b"", status="502 Bad Gateway")]
+    answers = [reply(JOB), *away, reply(events, kind=stream, length=10_000), *away, reply(b"", kind=stream)]
+    with faulty_server([*answers, *away, reply(DONE)]) as (url, heads), Client(url, attempts=1) as client:
+        assert client.job("job_x")["status"] == "queued"
+        assert [event.id for event in client.events("job_x")] == [1]
+    assert len(heads) == 10
+    with faulty_server([reply(JOB), hang_up]) as (url, _), Client(url, attempts=1, patience=0.0) as client:
+        client.job("job_x")
+        with pytest.raises(ServerUnreachable):
+            list(client.events("job_x"))
+
+
 def file_of(url: str, content: bytes = CONTENT, **changes: Any) -> dict[str, Any]:
     facts = {"path": "model.safetensors", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return {**facts, "url": f"{url}/file", **changes}
