@@ -7,8 +7,10 @@ after `..` and links are resolved.
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +19,10 @@ from ranksearch.search.spec import Dataset
 from ranksearch.service.store.settings import Settings
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.\-]{0,95}(/[A-Za-z0-9_][\w.\-]{0,95})?", re.ASCII)
+#: What one source may make this machine look at.
+MAX_ENTRIES: Final = 100_000
+MAX_PATTERNS: Final = 100
+MAX_MATCHES: Final = 10_000
 #: Builders that `datasets` carries itself; they read the files they are given.
 _BUILDERS: Final = frozenset({"text", "json", "csv", "parquet", "arrow"})
 
@@ -42,18 +48,46 @@ def resolve_allowed(path: str | Path, settings: Settings) -> Path:
     return real
 
 
+def resolve_tree(path: str | Path, settings: Settings) -> Path:
+    """The real path behind `path`, and behind everything in it: a link below an allowed folder leads nowhere else.
+
+    Raises:
+        PathNotAllowed: Something lies outside the allowed folders, cannot be listed, or there is too much of it.
+    """
+    real = resolve_allowed(path, settings)
+    seen, pending, entries = {real}, [real] if real.is_dir() else [], 0
+    while pending:
+        folder = pending.pop()
+        try:
+            with os.scandir(folder) as listing:
+                found = list(itertools.islice(listing, MAX_ENTRIES))
+        except OSError as error:
+            raise PathNotAllowed(f"{folder} cannot be listed: {error.strerror}", path=str(folder)) from None
+        entries += len(found)
+        if entries >= MAX_ENTRIES:
+            raise PathNotAllowed(
+                f"{path} holds more than {MAX_ENTRIES} files, too many to check; name a smaller folder", path=str(path)
+            )
+        for entry in found:
+            target = resolve_allowed(entry.path, settings) if entry.is_symlink() else Path(entry.path)
+            if entry.is_dir() and target not in seen:
+                seen.add(target)
+                pending.append(target)
+    return real
+
+
 def is_local(source: str) -> bool:
     """Whether a model or dataset name means a path on this machine rather than a hub id."""
     return _HUB_ID.fullmatch(source) is None or os.path.exists(source)
 
 
 def local_model(source: str, settings: Settings) -> Path | None:
-    """The folder of a local model, checked; None for a hub id.
+    """The folder of a local model, checked with all it holds; None for a hub id, whose cache is made of links.
 
     Raises:
-        PathNotAllowed: The folder lies outside the allowed folders.
+        PathNotAllowed: The folder, or something in it, lies outside the allowed folders.
     """
-    return resolve_allowed(source, settings) if is_local(source) else None
+    return resolve_tree(source, settings) if is_local(source) else None
 
 
 def check_dataset(dataset: Dataset, settings: Settings) -> None:
@@ -73,33 +107,33 @@ def check_dataset(dataset: Dataset, settings: Settings) -> None:
     if builder:
         if not files:
             raise DatasetError(f"builder {dataset.path!r} reads the files it is given: data_files is missing")
-        for name in files:
-            _check_pattern(name, settings)
+        _check_files(files, settings)
     elif is_local(dataset.path):
-        folder = resolve_allowed(dataset.path, settings)
-        for name in files:
-            _check_pattern(str(folder / name), settings)
+        folder = resolve_tree(dataset.path, settings)
+        _check_files([str(folder / name) for name in files], settings)
     else:
         for name in files:
             if os.path.isabs(name) or ".." in Path(name).parts:
                 raise PathNotAllowed(f"{name}: files of a hub dataset are named relative to it", path=name)
 
 
-def _check_pattern(pattern: str, settings: Settings) -> None:
-    """A pattern is checked by its fixed part and by everything it matches now."""
-    fixed = Path(*_fixed_parts(Path(pattern)))
-    resolve_allowed(fixed, settings)
-    if glob.has_magic(pattern):
-        if ".." in Path(pattern).parts:
-            raise PathNotAllowed(f"{pattern}: a pattern may not climb", path=pattern)
-        for match in glob.iglob(pattern, recursive=True):
-            resolve_allowed(match, settings)
+def _check_files(names: Sequence[str], settings: Settings) -> None:
+    """A pattern is checked by its fixed part and by what it may match: with `**` that is everything below."""
+    patterns = [name for name in names if glob.has_magic(name)]
+    if len(patterns) > MAX_PATTERNS:
+        raise DatasetError(f"data_files holds {len(patterns)} patterns; {MAX_PATTERNS} are allowed")
+    for name in names:
+        resolve_allowed(_fixed_part(name), settings)
+        if name in patterns and ".." in Path(name).parts:
+            raise PathNotAllowed(f"{name}: a pattern may not climb", path=name)
+    for folder in {_fixed_part(name) for name in patterns if "**" in name}:
+        resolve_tree(folder, settings)
+    matches = itertools.chain.from_iterable(glob.iglob(name) for name in patterns if "**" not in name)
+    for count, match in enumerate(matches):
+        if count == MAX_MATCHES:
+            raise DatasetError(f"data_files matches more than {MAX_MATCHES} files; name fewer, or their folder as path")
+        resolve_allowed(match, settings)
 
 
-def _fixed_parts(path: Path) -> list[str]:
-    parts: list[str] = []
-    for part in path.parts:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return parts
+def _fixed_part(pattern: str) -> Path:
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))

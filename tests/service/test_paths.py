@@ -6,7 +6,8 @@ import pytest
 
 from ranksearch.search.errors import DatasetError, PathNotAllowed, RanksearchError
 from ranksearch.search.spec import Dataset
-from ranksearch.service.store.paths import check_dataset, is_local, local_model, resolve_allowed
+from ranksearch.service.store import paths
+from ranksearch.service.store.paths import check_dataset, is_local, local_model, resolve_allowed, resolve_tree
 from ranksearch.service.store.settings import Settings, load_settings
 
 
@@ -32,6 +33,47 @@ def test_what_climbs_out_is_refused(settings: Settings, allowed: Path, tmp_path:
     ):
         with pytest.raises(PathNotAllowed):
             resolve_allowed(path, settings)
+
+
+def test_a_folder_is_checked_with_all_it_holds(settings: Settings, allowed: Path, tmp_path: Path) -> None:
+    outside, model, shared = tmp_path / "outside", allowed / "model", allowed / "shared"
+    for folder in (outside, model / "deep", shared):
+        folder.mkdir(parents=True)
+    (model / "deep" / "weights").symlink_to(shared / "weights")
+    (model / "again").symlink_to(model)
+    (model / "other").symlink_to(shared)
+    assert resolve_tree(model, settings) == model
+    assert local_model(str(model), settings) == model
+    for link, target in (
+        (model / "tokenizer.json", outside / "secret"),
+        (model / "deep" / "tokenizer.json", outside / "secret"),
+        (shared / "tokenizer.json", outside / "secret"),
+        (shared / "texts", outside),
+    ):
+        link.symlink_to(target)
+        with pytest.raises(PathNotAllowed, match=link.name):
+            local_model(str(model), settings)
+        link.unlink()
+
+
+def test_a_folder_too_large_to_check_is_refused(
+    settings: Settings, allowed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "MAX_ENTRIES", 4)
+    monkeypatch.setattr(paths, "MAX_MATCHES", 4)
+    for name in "abc":
+        (allowed / name).touch()
+    assert resolve_tree(allowed, settings) == allowed
+    assert check(settings, path="text", data_files=f"{allowed}/*") is None
+    (allowed / "more").mkdir()
+    for name in "de":
+        (allowed / "more" / name).touch()
+    with pytest.raises(PathNotAllowed, match="more than 4"):
+        resolve_tree(allowed, settings)
+    files = [f"{allowed}/*", f"{allowed}/more/*"]
+    assert check(settings, path="text", data_files=files) is DatasetError
+    assert check(settings, path="text", data_files=f"{allowed}/**/*.txt") is PathNotAllowed
+    assert check(settings, path="text", data_files=[f"{allowed}/{number}*" for number in range(101)]) is DatasetError
 
 
 def test_by_default_nothing_is_allowed(tmp_path: Path) -> None:
@@ -65,15 +107,21 @@ def check(settings: Settings, **dataset: object) -> type[RanksearchError] | None
 def test_datasets_read_allowed_files_only(settings: Settings, allowed: Path, tmp_path: Path) -> None:
     (allowed / "a.txt").touch()
     (tmp_path / "secret.txt").touch()
+    (allowed / "folder").mkdir()
+    (allowed / "folder" / "b.txt").touch()
+    assert check(settings, path=str(allowed)) is None
+    assert check(settings, path="text", data_files=f"{allowed}/**/*.txt") is None
     (allowed / "link.txt").symlink_to(tmp_path / "secret.txt")
     assert check(settings, path="text", data_files=f"{allowed}/a.txt") is None
     assert check(settings, path="json", data_files=[f"{allowed}/a*", f"{allowed}/b.json"]) is None
     assert check(settings, path="org/corpus", name="en", data_files="en/*.json.gz") is None
-    assert check(settings, path=str(allowed)) is None
+    assert check(settings, path=str(allowed / "folder"), data_files=["*.txt", "b.txt"]) is None
     refused = [
+        {"path": str(allowed)},
         {"path": "text", "data_files": "/etc/passwd"},
         {"path": "text", "data_files": [f"{allowed}/a.txt", f"{allowed}/../secret.txt"]},
         {"path": "text", "data_files": f"{allowed}/*.txt"},
+        {"path": "text", "data_files": f"{allowed}/**/*.txt"},
         {"path": "text", "data_files": f"{allowed}/**/../../secret.txt"},
         {"path": "text", "data_files": "relative.txt"},
         {"path": "/etc"},
