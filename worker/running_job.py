@@ -86,14 +86,21 @@ class RunningJob:
         self.stage: Stage = "prepare"
         self.files: dict[str, str] = {}  # blocks, calibration, bank: what the device needs to have at hand
         self.folder = work_folder(worker.settings, worker.identity) / job.id
+        self.source = ""  # of the model, once a stage has found all paths good
         self._looked = self._told = 0.0
 
     def enter(self, stage: Stage) -> None:
-        """Begin a stage."""
+        """Begin a stage.
+
+        Raises:
+            PathNotAllowed: The spec names a path that this worker may not read.
+            UnsafeModel: The model needs its own code, and the server forbids that.
+        """
         self.check(now=True)
         self.stage = stage
         self._keep(self.worker.jobs.set_stage(self.id, stage, worker=self.worker.identity))
         self.progress(0.0, now=True)
+        self.source = self._allowed_source()
 
     def progress(self, fraction: float, eta_seconds: float | None = None, *, now: bool = False) -> None:
         """Say how much of the stage is done."""
@@ -171,12 +178,18 @@ class RunningJob:
         raise AssertionError
 
     def context(self) -> dict[str, Any]:
-        """What the device process must know to join at any point.
+        """What the device process must know to join at any point."""
+        return {
+            "id": self.id,
+            "spec": self.spec_json,
+            "source": self.source,
+            "trust_remote_code": self.spec.model.trust_remote_code,
+            "cache_dir": str(self.worker.cache_dir),
+            **self.files,
+        }
 
-        Raises:
-            PathNotAllowed: The spec names a path that this worker may not read.
-            UnsafeModel: The model needs its own code, and the server forbids that.
-        """
+    def _allowed_source(self) -> str:
+        """The model's folder or hub id; once per stage, for it looks at every file that the spec may mean."""
         settings, spec = self.worker.settings, self.spec
         if spec.model.trust_remote_code and not settings.trust_remote_code:
             raise UnsafeModel(
@@ -186,14 +199,7 @@ class RunningJob:
         for dataset in (spec.calibration.dataset, spec.evaluation.dataset, *spec.evaluation.test):
             if dataset is not None:
                 check_dataset(dataset, settings)
-        return {
-            "id": self.id,
-            "spec": self.spec_json,
-            "source": str(folder or spec.model.source),
-            "trust_remote_code": spec.model.trust_remote_code,
-            "cache_dir": str(self.worker.cache_dir),
-            **self.files,
-        }
+        return str(folder or spec.model.source)
 
     def fresh_folder(self, name: str) -> Path:
         """An empty folder for files on their way into the artifact store."""
