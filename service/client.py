@@ -19,6 +19,7 @@ from urllib.parse import quote
 import httpx
 
 from ranksearch.search.errors import RequestRefused, ServerUnreachable
+from ranksearch.service.store.settings import is_loopback
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 #: Answers of proxies and of a server that is just starting: worth another try.
@@ -67,12 +68,14 @@ class Client:
         self._attempts, self._patience = attempts, patience
         self._heard = -math.inf  # when the server last gave a sign of life
         try:
+            base_url = httpx.URL(self.url)
             self._http = httpx.Client(
-                base_url=self.url,
+                base_url=base_url,
                 headers=headers,
                 timeout=httpx.Timeout(30.0, connect=5.0),
                 follow_redirects=True,
                 transport=transport,
+                trust_env=not is_loopback(base_url.host),  # the way to this machine leads through no proxy
             )
         except (httpx.InvalidURL, UnicodeEncodeError) as error:
             raise ServerUnreachable(

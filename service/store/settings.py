@@ -103,12 +103,7 @@ class Settings(BaseSettings):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     def refuse_exposure(self) -> None:
         """Refuse to serve strangers.
@@ -122,6 +117,16 @@ class Settings(BaseSettings):
                 "sha256 of a token (printf %s TOKEN | sha256sum) or serve on 127.0.0.1",
                 host=self.host,
             )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, seen from itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def load_settings(**values: Any) -> Settings:

@@ -38,6 +38,16 @@ def test_an_address_that_is_none(url: str) -> None:
         client.job("job_x")
 
 
+def test_no_proxy_stands_before_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with faulty_server([reply(JOB)]) as (url, _), Client(url, attempts=1) as client:
+        assert client.job("job_x")["id"] == "job_x"
+    with Client("http://other.invalid", attempts=1) as client, pytest.raises(ServerUnreachable):
+        client.job("job_x")
+
+
 def test_another_kind_of_server_is_noticed() -> None:
     with (
         faulty_server([reply(b"<html>", kind="text/html")]) as (url, _),
