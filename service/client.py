@@ -157,11 +157,13 @@ class Client:
 
     @contextmanager
     def open(self, url: str, *, offset: int = 0) -> Iterator[httpx.Response]:
-        """One streamed answer to a GET from byte `offset` on; the caller reads its body. Not retried."""
+        """One streamed answer to a GET from byte `offset` on; the caller reads its body. Not retried.
+
+        Only what lies below `/v1/jobs/` is taken from the URL: a server behind a proxy may not know its own address.
+        """
+        path = "/v1/jobs/" + url.partition("/v1/jobs/")[2]
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        request = self._http.build_request("GET", self._own(url), headers={**headers, "Accept-Encoding": "identity"})
-        if request.url.host != self._http.base_url.host:
-            request.headers.pop("Authorization", None)  # the token is for our server alone
+        request = self._http.build_request("GET", path, headers={**headers, "Accept-Encoding": "identity"})
         with closing(self._http.send(request, stream=True)) as response:
             if response.status_code >= 400:
                 response.read()
@@ -229,11 +231,6 @@ class Client:
         for line in lines:
             self._heard = time.monotonic()
             yield line
-
-    def _own(self, url: str) -> httpx.URL:
-        """A URL of our server, by the scheme and port that lead to it from here: a proxy may stand between."""
-        target, base = self._http.base_url.join(url), self._http.base_url
-        return target.copy_with(scheme=base.scheme, port=base.port) if target.host == base.host else target
 
     def _unreachable(self, error: Exception) -> ServerUnreachable:
         return ServerUnreachable(
