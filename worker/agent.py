@@ -58,6 +58,7 @@ class Agent:
 
         Raises:
             Conflict: A live worker has this id.
+            InvalidInput: This machine has no such device.
             DeviceDied: The device cannot be used.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

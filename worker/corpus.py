@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.search.errors import DatasetError, RanksearchError
+from ranksearch.worker.known_errors import as_known_error
 
 BUILDERS = ("text", "json", "csv", "parquet", "arrow", "xml", "pandas")
 LOCAL_FILES = '{"path": "text", "data_files": "/data/corpus.txt", "split": "train"}'
@@ -77,7 +78,8 @@ def _load(path: str, name: str | None, options: dict[str, Any], cache_dir: Path)
     except FileNotFoundError as error:
         raise DatasetError(f"{where} names files that are not there: {_reason(error)}.") from error
     except Exception as error:
-        raise DatasetError(f"{where} cannot be read: {_reason(error)}.") from error
+        known = as_known_error(error, "reading a dataset")
+        raise known or DatasetError(f"{where} cannot be read: {_reason(error)}.") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -1,14 +1,14 @@
 """The device process: `python -m ranksearch.worker.device DEVICE` has torch and the model, and does what it is asked.
 
 It speaks JSON, one object per line. Requests come on stdin as `{"id", "op", ...}`; on stdout go `{"id", "progress"}`,
-`{"id", "result"}` or `{"id", "error": {code, message, data}}`, and first of all `{"hello": {...}}`. Being a process of
+`{"id", "result"}` or `{"id", "error": {code, message, data}}`, and first of all `{"hello": {...}}`
+or an error without an id. Being a process of
 its own, it may run out of memory, crash, or be killed for a cancellation without taking the worker down; it ends when
 the agent does.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,7 +18,8 @@ import threading
 import traceback
 from typing import Any, TextIO
 
-from ranksearch.search.errors import OutOfMemory, RanksearchError, StorageFull
+from ranksearch.search.errors import RanksearchError
+from ranksearch.worker.known_errors import as_known_error
 
 log = logging.getLogger("ranksearch.worker.device")
 
@@ -32,7 +33,11 @@ def main(device: str) -> None:
 
     from ranksearch.worker.workbench import Workbench
 
-    bench = Workbench(device)
+    try:
+        bench = Workbench(device)
+    except RanksearchError as error:
+        _write(replies, _error(error))
+        return
     _write(replies, {"hello": bench.facts()})
     while True:
         request = requests.get()
@@ -54,25 +59,11 @@ def _answer(bench: Any, request: dict[str, Any], replies: TextIO) -> dict[str, A
         if known is None:
             log.error("%s failed\n%s", operation, traceback.format_exc())
             known = RanksearchError(f"{operation} failed: {type(error).__name__}: {error}")
-        return {"error": {"code": known.code, "message": known.message, "data": known.data}}
+        return _error(known)
 
 
-def as_known_error(error: BaseException, doing: str) -> RanksearchError | None:
-    """The error of ours that says what `error` means to a user; None when it is a defect.
-
-    Args:
-        error: What was raised.
-        doing: The operation, for the message.
-    """
-    if isinstance(error, RanksearchError):
-        return error
-    text = str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        way_out = "use a device with more memory, shorter sequences or a smaller model"
-        return OutOfMemory(f"Out of memory in {doing}: {way_out}. ({_first_line(text)})", doing=doing)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        return StorageFull(f"The disk is full ({_first_line(text)}): free space and submit the job again.", doing=doing)
-    return None
+def _error(error: RanksearchError) -> dict[str, Any]:
+    return {"error": {"code": error.code, "message": error.message, "data": error.data}}
 
 
 def error_from(reply: dict[str, Any]) -> RanksearchError:
@@ -85,10 +76,6 @@ def error_from(reply: dict[str, Any]) -> RanksearchError:
 
 def _kinds(root: type[RanksearchError]) -> list[type[RanksearchError]]:
     return [root, *(kind for child in root.__subclasses__() for kind in _kinds(child))]
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n", 1)[0][:300]
 
 
 def _claim_stdout() -> TextIO:

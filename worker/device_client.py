@@ -60,6 +60,7 @@ class DeviceClient:
 
         Raises:
             DeviceDied: It has ended since the last request, or before it greeted; the next call starts a new one.
+            InvalidInput: This machine has no such device.
         """
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
@@ -75,7 +76,7 @@ class DeviceClient:
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent, which then ends this process
                 )
                 try:
-                    self.hello = self._read(check)["hello"]
+                    self.hello = _result(self._read(check), "hello")
                 except BaseException:
                     self.kill()
                     raise
@@ -113,9 +114,7 @@ class DeviceClient:
         except BaseException:
             self._let_finish_or_kill()
             raise
-        if "error" in reply:
-            raise error_from(reply["error"])
-        return reply["result"]
+        return _result(reply, "result")
 
     def _let_finish_or_kill(self) -> None:
         """A process that is about to answer is worth more alive: it need not be started again."""
@@ -187,6 +186,12 @@ class DeviceClient:
         name = signal.Signals(-code).name
         hint = " (the system's out-of-memory killer does that)" if name == "SIGKILL" else ""
         return DeviceDied(f"The device process on {self.device} was ended by {name}{hint}.", signal=name)
+
+
+def _result(reply: dict[str, Any], name: str) -> Any:
+    if "error" in reply:
+        raise error_from(reply["error"])
+    return reply[name]
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

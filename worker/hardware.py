@@ -9,19 +9,31 @@ from typing import Any
 
 import torch
 
+from ranksearch.search.errors import InvalidInput
+
 
 def settle(device: str) -> torch.device:
     """Choose a device, and make its results repeatable.
 
     Args:
         device: A torch device; `auto` is the first CUDA device, or the CPU.
+
+    Raises:
+        InvalidInput: This machine has no such device.
     """
     # sums depend on how they are split over threads, so their number is fixed rather than left to the load
     threads = os.environ.get("RANKSEARCH_THREADS") or os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     torch.set_num_threads(int(threads))
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device("cuda:0" if device == "cuda" else device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidInput(
+            f"There is no device {device!r} here ({reason}); --list-devices prints those there are.", device=device
+        ) from error
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import ranksearch.worker.loading  # noqa: F401  (a compressed checkpoint is a model, too)
 from ranksearch.search.errors import BrokenWeights, ModelNotFound, UnsafeModel, UnsupportedModel
+from ranksearch.worker.known_errors import as_known_error
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -154,7 +155,7 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
             f"{source} is neither a folder nor a model on the hub (a gated model needs HF_TOKEN).", source=source
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
-        raise ModelNotFound(
+        raise as_known_error(error, "downloading the model") or ModelNotFound(
             f"{source} is no local folder, and the hub cannot be reached to look it up ({type(error).__name__}). "
             "Name a local model folder, or set HF_ENDPOINT or HF_HOME to where the model is.",
             source=source,
@@ -189,8 +190,8 @@ def _check_files(folder: Path) -> None:
         try:
             with safe_open(file, framework="pt"):
                 pass
-        except (SafetensorError, OSError) as error:
-            raise BrokenWeights(
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise as_known_error(error, "reading the weights") or BrokenWeights(
                 f"{file.name} is damaged or cut short ({error}); fetch the model again.", file=file.name
             ) from error
 
@@ -204,7 +205,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _needs_code(folder, "tokenizer") from error
-        raise ModelNotFound(f"{absent[:-1]}: {_first_line(error)}.") from error
+        known = as_known_error(error, "loading the tokenizer")
+        raise known or ModelNotFound(f"{absent[:-1]}: {_first_line(error)}.") from error
 
 
 def _load_weights(
@@ -223,8 +225,6 @@ def _load_weights(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             device_map={"": device} if direct else None,
         )
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise _needs_code(folder, "model") from error
@@ -232,7 +232,8 @@ def _load_weights(
             f"transformers cannot load {folder} as a causal language model: {_first_line(error)}"
         ) from error
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise BrokenWeights(f"The weights of {folder} cannot be loaded: {_first_line(error)}") from error
+        known = as_known_error(error, "loading the model")
+        raise known or BrokenWeights(f"The weights of {folder} cannot be loaded: {_first_line(error)}") from error
     _refuse_random(folder, report)
     return model.to(device)
 

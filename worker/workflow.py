@@ -22,7 +22,7 @@ from ranksearch.service.store.jobs import Job, Stage
 from ranksearch.service.store.queue import RUN_JOB
 from ranksearch.worker import stages
 from ranksearch.worker.attempts import WorkerDied, refuse_endless
-from ranksearch.worker.device import as_known_error
+from ranksearch.worker.known_errors import as_known_error
 from ranksearch.worker.running_job import JobCancelled, JobLost, RunningJob, WorkerState
 
 log = logging.getLogger("ranksearch.worker.job")

@@ -13,9 +13,11 @@ import psutil
 import pytest
 import torch
 
-from ranksearch.search.errors import BrokenWeights, OutOfMemory, RanksearchError, StorageFull
-from ranksearch.worker.device import as_known_error, error_from
+from ranksearch.search.errors import BrokenWeights, InvalidInput, OutOfMemory, RanksearchError, StorageFull
+from ranksearch.worker.device import error_from
 from ranksearch.worker.device_client import DeviceClient, DeviceDied
+from ranksearch.worker.hardware import settle
+from ranksearch.worker.known_errors import as_known_error
 from tests.integration.machine import ROOT
 
 
@@ -84,6 +86,31 @@ def test_its_death_is_told_once_and_then_repaired(client: DeviceClient) -> None:
 )
 def test_errors_a_user_can_act_on_are_named(error: Exception, known: type[Any]) -> None:
     assert type(as_known_error(error, "calibrate")) is known
+    wrapped = RuntimeError("a library's own words")
+    wrapped.__cause__ = error
+    assert type(as_known_error(wrapped, "calibrate")) is known
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "no such device"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(InvalidInput, match="--list-devices"):
+        settle(device)
+
+
+def test_its_refusal_crosses_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".ns"))
+    with pytest.raises(InvalidInput, match="cuda:97"):
+        DeviceClient("cuda:97").start()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_alone_is_the_first_gpu() -> None:
+    client = DeviceClient("cuda")
+    try:
+        assert client.start()["device"] == "cuda:0"
+    finally:
+        client.kill()
 
 
 def test_an_error_crosses_the_pipe_as_itself() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from ranksearch.search.errors import BrokenWeights, ModelNotFound, RanksearchError, UnsafeModel, UnsupportedModel
+from ranksearch.search.errors import (
+    BrokenWeights,
+    ModelNotFound,
+    OutOfMemory,
+    RanksearchError,
+    StorageFull,
+    UnsafeModel,
+    UnsupportedModel,
+)
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.tiny import train_tokenizer
 
@@ -148,6 +158,29 @@ def test_each_bad_folder_gets_its_one_clear_error(
     assert type(caught.value) is error
     assert "\n" not in caught.value.message
     assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "known"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), OutOfMemory),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageFull),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+    ],
+)
+def test_a_machine_too_small_is_not_the_models_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, known: type[RanksearchError]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(known):
+        load_model(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", load)
+    if isinstance(raised, OSError):
+        with pytest.raises(known):
+            locate("someone/some-model")
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "a/b/c", "nobody/nothing", "not a name!"])

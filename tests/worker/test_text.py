@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ranksearch.search.errors import DatasetError, UnsupportedModel
+from ranksearch.search.errors import DatasetError, StorageFull, UnsupportedModel
 from ranksearch.worker import text
 from ranksearch.worker.corpus import fingerprint, read_text
 from ranksearch.worker.tiny import train_tokenizer
@@ -218,3 +219,12 @@ def test_special_tokens_are_not_added(tokenizer: Any) -> None:
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UnsupportedModel, match="embeds 10"):
         text.tokenize(tokenizer, CORPUS, vocabulary=10)
+
+
+def test_a_full_disk_is_not_the_datasets_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("An error occurred while generating the dataset") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(StorageFull):
+        read_text(from_text(tmp_path / "a.txt"), cache_dir=tmp_path / "cache")
