@@ -182,41 +182,15 @@ def _config(vocabulary: int, hidden: int, layers: int) -> LlamaConfig:
     )
 
 
-class _Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal, for the matrices inside the blocks (Jordan et al., 2024).
-
-    It reaches in half the steps what AdamW reaches, and uses the matrices' whole spectrum as long training does.
-    """
-
-    def __init__(self, matrices: list[Tensor]) -> None:
-        super().__init__(matrices, {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-                average.lerp_(matrix.grad, 1 - group["momentum"])
-                update = _orthogonal(matrix.grad.lerp(average, group["momentum"]))
-                scale = math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly `U V'` of `U S V'`, by five Newton-Schulz steps; the coefficients trade precision for speed."""
-    x: Tensor = matrix / (matrix.norm() + 1e-7)
-    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
-
-
 def _fit(model: Any, blocks: Tensor, steps: int, seed: int, show: bool) -> float:
-    """Train over shuffled epochs, with a warm-up and a cosine decay; returns the mean loss of the last tenth."""
+    """Train over shuffled epochs, with a warm-up and a cosine decay; returns the mean loss of the last tenth.
+
+    The matrices inside the blocks take orthogonal steps (Muon: Jordan et al., 2024; torch 2.9 has it). That reaches in
+    half the steps what AdamW reaches, and uses the matrices' whole spectrum as long training does.
+    """
     inside = {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
     optimizers: list[Any] = [
-        _Muon([p for p in model.parameters() if id(p) in inside]),
+        torch.optim.Muon([p for p in model.parameters() if id(p) in inside], lr=0.02, adjust_lr_fn="original"),
         torch.optim.AdamW(
             [p for p in model.parameters() if id(p) not in inside], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0
         ),
