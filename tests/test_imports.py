@@ -17,7 +17,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 HEAVY = ("torch", "transformers", "botorch", "gpytorch", "accelerate", "datasets")
 #: What the numerics may use: they also run from the bare source tree, beside nothing but torch and transformers.
 NUMERICS = (
-    *("linalg", "covariance", "calibrate", "bank", "prefix", "evaluate", "targets"),
+    *("linalg", "covariance", "calibrate", "bank", "prefix", "evaluate", "spill", "targets"),
     *("checkpoint", "loading", "speed"),
 )
 NUMERICS_MAY = {"torch", "transformers", "numpy", "safetensors", "ranksearch", "psutil", *sys.stdlib_module_names}

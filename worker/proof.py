@@ -26,23 +26,25 @@ Vectors = Mapping[str, Mapping[str, int]]
 def prove(
     model: Any,
     tokenizer: Any,
-    bank: FactorBank,
+    take_bank: Callable[[], FactorBank],
     blocks: Mapping[str, Tensor],
     vectors: Vectors,
     *,
     spec: JobSpec,
     source: Path,
-    folder: str,
+    folder: Path,
     device: torch.device,
     device_name: str,
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
     """Export the vector `best`, load the folder again, and score it beside the others on every text.
 
+    The bank is let go of before the checkpoint is loaded, so that the device never holds both.
+
     Args:
         model: The dense model, its targets plain.
         tokenizer: Its tokenizer.
-        bank: Its factors.
+        take_bank: Gives its factors away; called once.
         blocks: Name -> token ids, `blocks x length`.
         vectors: `uniform`, `prior` and `best`, each target -> rank.
         spec: The job's.
@@ -57,6 +59,11 @@ def prove(
         original model's README as `card`.
     """
     targets, settings = find_targets(model), spec.export
+    texts = {name: Evaluation(model, blocks[name], scratch=folder.parent) for name in blocks if name != CALIBRATION}
+    progress(0.2)
+    bank = take_bank()
+    rows = {"dense": {name: brief(text.dense) for name, text in texts.items()}, **_compare(model, bank, texts, vectors)}
+    progress(0.6)
     written = export(
         folder,
         model=model,
@@ -67,20 +74,15 @@ def prove(
         dtype=settings.dtype,
         max_shard_bytes=settings.max_shard_bytes,
     )
-    progress(0.1)
-    final, _ = load_model(folder, device=device)
+    del bank
+    progress(0.7)
+    final, _ = load_model(folder, device=device, trust_remote_code=spec.model.trust_remote_code)
+    rows["final"] = {name: brief(text.score(final)) for name, text in texts.items()}
+    progress(0.9)
     seconds = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 3.0)
     before, after = (measure(each, device, seconds=seconds) for each in (model, final))
-    progress(0.2)
-    scores: dict[str, dict[str, Any]] = {row: {"test": {}} for row in ("dense", *vectors, "final")}
-    texts = [name for name in blocks if name != CALIBRATION]
-    for index, name in enumerate(texts):
-        for row, score in _rows(model, final, bank, blocks[name], vectors).items():
-            place, key = (scores[row], name) if name == EVALUATION else (scores[row]["test"], name.removeprefix(TEST))
-            place[key] = score
-        progress(0.2 + 0.8 * (index + 1) / len(texts))
     return {
-        "scores": scores,
+        "scores": {row: _by_text(scores) for row, scores in rows.items()},
         **as_report(written, dense_sizes(model, targets, source)),
         "speed": {"device": device_name, "before": before, "after": after},
         "card": _card(source),
@@ -92,16 +94,22 @@ def brief(scores: Scores) -> dict[str, float]:
     return {"perplexity": scores.perplexity, "kl": scores.kl}
 
 
-def _rows(model: Any, final: Any, bank: FactorBank, blocks: Tensor, vectors: Vectors) -> dict[str, dict[str, float]]:
-    evaluation = Evaluation(model, blocks)
-    rows = {"dense": brief(evaluation.dense), "final": brief(evaluation.score(final))}
-    known: dict[tuple[int, ...], dict[str, float]] = {}
+def _compare(
+    model: Any, bank: FactorBank, texts: Mapping[str, Evaluation], vectors: Vectors
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> text -> scores of each vector, run through the bank."""
+    known: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
     with PrefixModel(model, bank, find_targets(model)) as prefix:
-        for row, ranks in vectors.items():
-            prefix.set_ranks(ranks)
-            vector = tuple(ranks.values())
-            rows[row] = known.get(vector) or known.setdefault(vector, brief(evaluation.score(model)))
-    return rows
+        for ranks in vectors.values():
+            if (vector := tuple(ranks.values())) not in known:
+                prefix.set_ranks(ranks)
+                known[vector] = {name: brief(text.score(model)) for name, text in texts.items()}
+    return {row: known[tuple(ranks.values())] for row, ranks in vectors.items()}
+
+
+def _by_text(scores: Mapping[str, Any]) -> dict[str, Any]:
+    tests = {name.removeprefix(TEST): score for name, score in scores.items() if name != EVALUATION}
+    return {EVALUATION: scores[EVALUATION], "test": tests}
 
 
 def _card(source: Path) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
 Progress = Callable[[float], None]
-CHUNKS = 8  # partial scores of a trial, for the pruner
 
 
 class Workbench:
@@ -149,7 +149,7 @@ class Workbench:
         prefix, evaluation = self._trials(job)
         if index == 0:
             prefix.set_ranks(ranks)
-            self._trial = (number, evaluation.score_chunks(prefix.model, CHUNKS), [])
+            self._trial = (number, evaluation.score_chunks(prefix.model), [])
         if self._trial is None or self._trial[0] != number or len(self._trial[2]) != index:
             raise RanksearchError(f"trial {number} was not begun in this process", index=index)
         _, chunks, parts = self._trial
@@ -166,17 +166,17 @@ class Workbench:
         """Export the vector `best` to a folder and prove it; see `prove`."""
         spec = _spec(job)
         model, tokenizer = self._model(job)
-        bank = self._bank(job)
+        self._bank(job)
         self._unload("trials")
         return prove(
             model,
             tokenizer,
-            bank,
+            lambda: self._loaded.pop("bank")[1],
             load_blocks(job["blocks"]),
             vectors,
             spec=spec,
             source=locate(job["source"], revision=spec.model.revision),
-            folder=folder,
+            folder=Path(folder),
             device=self.device,
             device_name=self._facts["name"],
             progress=progress,
@@ -208,7 +208,7 @@ class Workbench:
         bank = self._bank(job)
 
         def build() -> tuple[PrefixModel, Evaluation]:
-            evaluation = Evaluation(model, load_blocks(job["blocks"])["evaluation"])
+            evaluation = Evaluation(model, load_blocks(job["blocks"])["evaluation"], scratch=job["cache_dir"])
             return PrefixModel(model, bank, find_targets(model)), evaluation
 
         return self._once("trials", (job["bank"], job["blocks"]), build)  # type: ignore[no-any-return]
@@ -222,8 +222,10 @@ class Workbench:
 
     def _unload(self, what: str) -> None:
         held = self._loaded.pop(what, None)
-        if what == "trials" and held is not None:
-            held[1][0].close()
+        if what == "trials":
+            self._trial = None  # a pruned one would hold the evaluation
+            if held is not None:
+                held[1][0].close()
 
 
 def space_of(spec: JobSpec, targets: Any) -> RankSpace:

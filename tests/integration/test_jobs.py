@@ -101,6 +101,19 @@ def test_a_budget_of_one_keeps_everything_dense(worker: Machine, spec: Spec) -> 
 
 
 @on_sqlite
+def test_a_checkpoint_in_another_dtype_is_proved(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(trials=2, export={"dtype": "bfloat16"}))
+    worker.succeeded(job_id)
+    report = worker.jobs.report(job_id)
+    assert report is not None
+    (budget,) = report["budgets"]
+    best, final = (budget["scores"][row]["evaluation"]["perplexity"] for row in ("best", "final"))
+    assert final == pytest.approx(best, rel=2e-2)
+    assert final != best
+    assert budget["bytes"]["disk"] < 0.51 * budget["bytes"]["disk_dense"]
+
+
+@on_sqlite
 def test_no_trial_begins_when_the_time_is_up(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(kept=[0.4], trials=1000, search={"timeout_seconds": 1e-6}))
     worker.succeeded(job_id)
