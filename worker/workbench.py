@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ranksearch.search.errors import RanksearchError
+from ranksearch.search.errors import InvalidInput, RanksearchError
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import JobSpec
 from ranksearch.worker.bank import FactorBank, build_bank
@@ -87,6 +87,7 @@ class Workbench:
         source, revision = job["source"], spec.model.revision
         model, tokenizer = self._model(job)
         progress(0.3)
+        _check_lengths(spec, model.config.get_text_config())
         check_weights(model)
         targets = find_targets(model)
         space = space_of(spec, targets)
@@ -232,6 +233,16 @@ def space_of(spec: JobSpec, targets: Any) -> RankSpace:
     """The rank vectors a spec allows for these targets."""
     method = spec.method
     return RankSpace(targets=tuple(targets), rank_multiple=method.rank_multiple, keep_dense=tuple(method.keep_dense))
+
+
+def _check_lengths(spec: JobSpec, config: Any) -> None:
+    """Raises InvalidInput naming the field that asks for longer sequences than the model reads."""
+    limit = getattr(config, "max_position_embeddings", None)
+    for part in ("calibration", "evaluation"):
+        length = getattr(spec, part).sequence_length
+        if limit and length and length > limit:
+            field = f"{part}.sequence_length"
+            raise InvalidInput(f"{field} is {length}, but the model reads {limit} tokens at most.", field=field)
 
 
 def _spec(job: Mapping[str, Any]) -> JobSpec:

@@ -170,8 +170,9 @@ def test_each_bad_input_fails_its_job_alone(worker: Machine, spec: Spec, materia
         "path_not_allowed": spec(model=tmp_path),
         "impossible_budget": spec(kept=[0.001]),
         "dataset_error": with_data(dataset={**text, "column": "nothing"}),
+        "invalid_input": with_data(sequence_length=129),
     }
-    few = worker.submit(with_data(sequence_length=2_000_000))
+    few = worker.submit(with_data(sequences=2_000_000))
     jobs = {code: worker.submit(spec_) for code, spec_ in bad.items()}
     good = worker.submit(spec(kept=[0.4], trials=2))
     for code, job_id in jobs.items():
