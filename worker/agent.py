@@ -13,11 +13,12 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Final, NoReturn
 
 from dbos import DBOS
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
@@ -36,6 +37,8 @@ from ranksearch.worker.workflow import JobWorkflow
 log = logging.getLogger("ranksearch.worker")
 
 BEAT_SECONDS: Final = 5.0  # at most; a quarter of the time after which a silent worker counts as dead, if that is less
+
+GOODBYE_SECONDS: Final = 10.0  # what handing the job back may take, should the database hang
 
 
 class Agent:
@@ -133,10 +136,13 @@ class Agent:
                 silence, beaten = _awake_or_asleep() - beaten, _awake_or_asleep()
                 if not mine or silence > ttl:
                     # others took this worker for dead and may have its job: what it does now is void
-                    self._start_afresh(f"silent for {silence:.0f} s" if mine else "its place was taken")
+                    why = f"silent for {silence:.0f} s" if mine else "its place was taken"
+                    self._start_afresh(why, blameless=True)
                 self._reaper.sweep()
             except DBAPIError as error:
                 log.warning("no heartbeat: %s", error.orig)
+            except Exception as error:  # a worker without a heartbeat would go on with a job that others take over
+                self._start_afresh(f"its heartbeat failed: {type(error).__name__}: {error}")
 
     # the end
 
@@ -150,31 +156,52 @@ class Agent:
         state = self._state
         state.stopping.set()
         state.device.kill()
-        DBOS.destroy(workflow_completion_timeout_sec=0)
-        if (job_id := state.job_id) is not None:
-            state.jobs.add_event(job_id, RELEASED, {"worker": state.identity}, worker=state.identity)
-            reason = f"worker {state.identity} was stopped; the job goes on with the next one"
-            state.jobs.release(job_id, state.identity, reason)
-        self._queue.requeue_jobs_of(state.identity)
-        self._workers.remove(state.identity, pid=os.getpid())
-        log.info("worker %s has stopped", state.identity)
-        logging.shutdown()
-        os._exit(0)  # the thread that had the job is parked for ever
+        limit = threading.Timer(GOODBYE_SECONDS, os._exit, (0,))
+        limit.daemon = True
+        limit.start()
+        try:
+            DBOS.destroy(workflow_completion_timeout_sec=0)
+            self._say_released()
+            if state.job_id is not None:
+                reason = f"worker {state.identity} was stopped; the job goes on with the next one"
+                state.jobs.release(state.job_id, state.identity, reason)
+            self._queue.requeue_jobs_of(state.identity)
+            self._workers.remove(state.identity, pid=os.getpid())
+            log.info("worker %s has stopped", state.identity)
+        except Exception as error:
+            log.warning("worker %s stops without a word; others will miss its heartbeat: %s", state.identity, error)
+        finally:
+            logging.shutdown()
+            os._exit(0)  # the thread that had the job is parked for ever
 
-    def _start_afresh(self, why: str) -> NoReturn:
-        """Become a new process, which first takes up what this one left behind."""
+    def _start_afresh(self, why: str, *, blameless: bool = False) -> NoReturn:
+        """Become a new process, which first takes up what this one left behind.
+
+        Args:
+            why: For the log.
+            blameless: The job has nothing to do with it, so it does not count as one that kills its workers.
+        """
         log.error("worker %s starts afresh: %s", self._state.identity, why)
         self._state.stopping.set()
         self._state.device.kill()
         while not self._database_answers():
+            blameless = True
             time.sleep(2.0)
+        if blameless:
+            with suppress(SQLAlchemyError):
+                self._say_released()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    def _say_released(self) -> None:
+        state = self._state
+        if state.job_id is not None:
+            state.jobs.add_event(state.job_id, RELEASED, {"worker": state.identity}, worker=state.identity)
 
     def _database_answers(self) -> bool:
         try:
             with reading(self._engine) as connection:
                 connection.exec_driver_sql("SELECT 1")
-        except DBAPIError:
+        except SQLAlchemyError:
             return self._stop.is_set()
         return True
 

@@ -72,7 +72,7 @@ def publish(run: RunningJob, finished: Mapping[float, Facts]) -> dict[str, Any]:
         report = own if report is None else {**report, "budgets": [*report["budgets"], budget]}
     assert report is not None
     worker.jobs.save_report(run.id, report)
-    worker.jobs.succeed(run.id, worker=worker.identity)
+    run.keep(worker.jobs.succeed(run.id, worker=worker.identity))
     return {"checkpoints": [budget_label(kept) for kept in finished]}
 
 

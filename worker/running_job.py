@@ -98,7 +98,7 @@ class RunningJob:
         """
         self.check(now=True)
         self.stage = stage
-        self._keep(self.worker.jobs.set_stage(self.id, stage, worker=self.worker.identity))
+        self.keep(self.worker.jobs.set_stage(self.id, stage, worker=self.worker.identity))
         self.progress(0.0, now=True)
         self.source = self._allowed_source()
 
@@ -108,11 +108,11 @@ class RunningJob:
             self._told = time.monotonic()
             low, high = SHARES[self.stage]
             done = low + (high - low) * fraction
-            self._keep(self.worker.jobs.set_progress(self.id, done, eta_seconds, worker=self.worker.identity))
+            self.keep(self.worker.jobs.set_progress(self.id, done, eta_seconds, worker=self.worker.identity))
 
     def tell(self, kind: str, **data: Any) -> None:
         """Append an event."""
-        self._keep(self.worker.jobs.add_event(self.id, kind, data, worker=self.worker.identity))
+        self.keep(self.worker.jobs.add_event(self.id, kind, data, worker=self.worker.identity))
 
     def told_trials(self, kept: float) -> set[int]:
         """Numbers of the trials of a budget that have an event."""
@@ -124,7 +124,7 @@ class RunningJob:
 
     def set_best(self, kept: float, score: float, trial: int) -> None:
         """Record the best trial of a budget."""
-        self._keep(self.worker.jobs.set_best(self.id, kept, score, trial, worker=self.worker.identity))
+        self.keep(self.worker.jobs.set_best(self.id, kept, score, trial, worker=self.worker.identity))
 
     def check(self, *, now: bool = False) -> None:
         """Stop here when the worker stops or the job should.
@@ -217,7 +217,13 @@ class RunningJob:
             except DeviceDied:
                 self.worker.park()
 
-    def _keep(self, mine: bool) -> None:
+    def keep(self, mine: bool) -> None:
+        """Stop here unless a change of the job was accepted as this worker's.
+
+        Raises:
+            JobCancelled: The job is over.
+            JobLost: Another worker has the job.
+        """
         if not mine:
             self.check(now=True)
             raise JobLost(self.id)

@@ -56,13 +56,15 @@ class JobWorkflow:
                 self._work(job)
         except _DATABASE_FAILURES as error:
             self._worker.park()
+            self._worker.job_id = job_id
             self._give_up(f"the database failed: {error}")
             raise
         except JobLost:
             raise  # another worker has it
         except Exception as error:
             log.exception("job %s failed outside its stages", job_id, extra={"job": job_id})
-            self._worker.jobs.fail(job_id, RanksearchError(f"{type(error).__name__}: {error}"))
+            failure = RanksearchError(f"{type(error).__name__}: {error}")
+            self._worker.jobs.fail(job_id, failure, worker=self._worker.identity)
 
     def _work(self, job: Job) -> None:
         worker, run = self._worker, RunningJob(self._worker, job)
