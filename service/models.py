@@ -53,8 +53,12 @@ class HubUnreachable(RanksearchError):
     """The hub cannot be asked now; the worker will find out."""
 
 
-def read_model(spec: JobSpec, settings: Settings) -> Tensors:
-    """The tensors of the model that a spec names.
+class HubSilent(HubUnreachable):
+    """The hub does not answer at all."""
+
+
+def read_model(spec: JobSpec, settings: Settings, *, hub_seconds: float = HUB_SECONDS) -> Tensors:
+    """The tensors of the model that a spec names; the hub is given `hub_seconds` to tell.
 
     Raises:
         PathNotAllowed: A local folder, or a file of it, lies outside the allowed folders.
@@ -66,7 +70,7 @@ def read_model(spec: JobSpec, settings: Settings) -> Tensors:
     """
     folder = local_model(spec.model.source, settings)
     if folder is None:
-        return _read_hub(spec.model.source, spec.model.revision)
+        return _read_hub(spec.model.source, spec.model.revision, hub_seconds)
     return read_folder(folder, settings)
 
 
@@ -199,25 +203,25 @@ def find_targets(tensors: Tensors) -> tuple[Target, ...]:
 _hub_asked_again: float = 0.0
 
 
-def _read_hub(source: str, revision: str | None) -> Tensors:
-    """Ask the hub, but never let it hold up a request: after a silence it is left alone for a while."""
-    global _hub_asked_again
+def _read_hub(source: str, revision: str | None, seconds: float) -> Tensors:
+    """Ask the hub, but never let it hold up a request: one that is out of reach is left alone for a while."""
     if time.monotonic() < _hub_asked_again:
         raise HubUnreachable()
     answer: list[Tensors | RanksearchError] = []
 
     def ask() -> None:
+        global _hub_asked_again
         try:
             answer.append(_ask_hub(source, revision))
         except RanksearchError as error:
+            if isinstance(error, HubSilent):
+                _hub_asked_again = time.monotonic() + HUB_PAUSE_SECONDS
             answer.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(HUB_SECONDS)
+    thread.join(seconds)
     result = answer[0] if answer else HubUnreachable()
-    if isinstance(result, HubUnreachable):
-        _hub_asked_again = time.monotonic() + HUB_PAUSE_SECONDS
     if isinstance(result, RanksearchError):
         raise result
     return result
@@ -227,13 +231,18 @@ def _ask_hub(source: str, revision: str | None) -> Tensors:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        SafetensorsParsingError,
     )
 
     try:
-        found = HfApi().get_safetensors_metadata(source, revision=revision)
+        hub = HfApi()
+        hub.model_info(source, revision=revision, timeout=HUB_SECONDS)  # tells what is missing, unlike the next call
+        found = hub.get_safetensors_metadata(source, revision=revision)
     except NotASafetensorsRepoError:
         raise UnsafeModel(f"{source} has no safetensors weights on the hub; name a model that has") from None
     except GatedRepoError:
@@ -242,8 +251,12 @@ def _ask_hub(source: str, revision: str | None) -> Tensors:
         raise ModelNotFound(f"{source} has no revision {revision!r} on the hub", source=source) from None
     except RepositoryNotFoundError:
         raise ModelNotFound(f"there is no model {source} on the hub that this server may see", source=source) from None
-    except Exception:
+    except HFValidationError as error:
+        raise ModelNotFound(f"{source} is no name of a model on the hub: {error}", source=source) from None
+    except (HfHubHTTPError, SafetensorsParsingError, ValueError):  # the hub is there, only this model is not told
         raise HubUnreachable() from None
+    except Exception:
+        raise HubSilent() from None
     return _tensors_of(found.files_metadata.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 
@@ -13,6 +13,9 @@ from ranksearch.service.estimate import Estimate, estimate
 from ranksearch.service.models import HubUnreachable, read_model
 from ranksearch.service.problems import at
 from ranksearch.service.routes.jobs import SpecBody
+
+#: Longer than a job's check: without the model there is nothing to answer.
+HUB_SECONDS: Final = 20.0
 
 router = APIRouter(prefix="/estimates", tags=["estimates"])
 
@@ -31,7 +34,7 @@ def estimates(spec: SpecBody, context: Ctx) -> Any:
     submission.check_datasets(spec, context.settings)
     try:
         with at("/model/source"):
-            tensors = read_model(spec, context.settings)
+            tensors = read_model(spec, context.settings, hub_seconds=HUB_SECONDS)
     except HubUnreachable:
         raise NothingToEstimate(
             f"the hub does not tell this server about {spec.model.source}; try again, or name a local folder"
