@@ -158,7 +158,7 @@ def test_nothing_but_published_files_can_be_fetched(client: TestClient, context:
     base = f"/v1/jobs/{job['id']}/checkpoints"
     for path in (
         *("0.5/files/", "0.5/files/nope", "0.5/files/%2e%2e/%2e%2e/config.json", "0.5/files/..%2f..%2fetc%2fpasswd"),
-        *("0.5/files//etc/passwd", "0.5/files/%2e/config.json", "0.5/files/sub", "0.5/files/config.json%00"),
+        *("0.5/files//etc/passwd", "0.5/files/%2e/config.json", "0.5/files/sub"),
         *("0.25/files/config.json", "x/files/config.json", "nan/files/config.json", "9e999/files/config.json"),
         f"0.5/files/{hashlib.sha256(WEIGHTS).hexdigest()}",
     ):
