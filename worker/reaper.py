@@ -28,8 +28,7 @@ class Reaper:
 
     def sweep(self) -> None:
         """Requeue the jobs of silent workers; now and then, compare jobs and queue as well."""
-        alive = [worker.id for worker in self._workers.all() if worker.alive]
-        for job_id, dead in self._queue.requeue_lost(alive):
+        for job_id, dead in self._queue.requeue_lost(self._workers.alive):
             log.warning("worker %s is silent; job %s goes on elsewhere", dead, job_id, extra={"job": job_id})
             self._jobs.release(job_id, dead, f"worker {dead} fell silent; the job goes on with another")
         if time.monotonic() - self._reconciled >= RECONCILE_SECONDS:

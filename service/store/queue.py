@@ -6,7 +6,7 @@ The API process only holds a `JobQueue`, which writes and reads rows; workflows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions
@@ -88,19 +88,35 @@ class JobQueue:
 
     def requeue_jobs_of(self, executor: str) -> list[str]:
         """Put what an executor was running back into the queue; returns the jobs. It must have ended, or be ending."""
-        return [job_id for job_id, _ in self._requeue(lambda held_by: held_by == executor)]
+        held = self._held()
+        return [job_id for job_id, _ in self._requeue(pair for pair in held if pair[1] == executor)]
 
-    def requeue_lost(self, alive: Collection[str]) -> list[tuple[str, str]]:
-        """Put what dead executors were running back into the queue; returns pairs of job and executor."""
-        return self._requeue(lambda held_by: held_by not in alive)
+    def requeue_lost(self, alive: Callable[[], Collection[str]], *, job_id: str | None = None) -> list[tuple[str, str]]:
+        """Put what dead executors were running back into the queue; returns pairs of job and executor.
 
-    def _requeue(self, gone: Callable[[str], bool]) -> list[tuple[str, str]]:
-        running = self._client.list_workflows(status="PENDING", queue_name=JOBS, load_input=False, load_output=False)
-        held = [(w.workflow_id, w.executor_id or "") for w in running]
+        Args:
+            alive: Asked after the running jobs are read: a worker that is new in between has none of them.
+            job_id: Only this job.
+        """
+        held = self._held(job_id)
+        living = alive()
+        return self._requeue(pair for pair in held if pair[1] not in living)
+
+    def _held(self, job_id: str | None = None) -> list[tuple[str, str]]:
+        running = self._client.list_workflows(
+            workflow_ids=None if job_id is None else [job_id],
+            status="PENDING",
+            queue_name=JOBS,
+            load_input=False,
+            load_output=False,
+        )
+        return [(workflow.workflow_id, workflow.executor_id or "") for workflow in running]
+
+    def _requeue(self, held: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         # Private, and why DBOS's minor version is pinned: the public call would also take a job from an executor that
         # got it a moment ago.
         requeue = self._client._sys_db.reenqueue_for_recovery
-        return [(job_id, executor) for job_id, executor in held if gone(executor) and requeue(job_id, [executor], JOBS)]
+        return [(job_id, executor) for job_id, executor in held if requeue(job_id, [executor], JOBS)]
 
     def close(self) -> None:
         """Close the connections."""

@@ -84,6 +84,10 @@ class Workers:
         with reading(self.engine) as connection:
             return [_worker(row) for row in connection.execute(self._query().order_by(table.c.id))]
 
+    def alive(self) -> set[str]:
+        """The ids of those that are not silent."""
+        return {worker.id for worker in self.all() if worker.alive}
+
     def get(self, worker_id: str) -> Worker | None:
         """One worker."""
         with reading(self.engine) as connection:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from ranksearch.search.spec import JobSpec
-from ranksearch.service.store.database import database_url, open_database
+from ranksearch.service.store.database import database_url, open_database, writing
 from ranksearch.service.store.jobs import Jobs
 from ranksearch.service.store.queue import JobQueue
 from ranksearch.service.store.settings import Settings
-from ranksearch.service.store.workers import Workers
+from ranksearch.service.store.workers import Worker, Workers
 from ranksearch.worker.reaper import Reaper
 
 SPEC = JobSpec.model_validate({"model": {"source": "someone/some-model"}, "budget": {"kept": [0.5]}})
@@ -87,6 +87,29 @@ def test_jobs_and_queue_are_brought_together_again(engine: Engine, queue: JobQue
     error = jobs.get(ended.id).error
     assert error is not None
     assert "CANCELLED" in error["message"]
+
+
+def test_a_worker_that_comes_during_the_sweep_keeps_its_job(engine: Engine, queue: JobQueue) -> None:
+    jobs, workers = Jobs(engine), Workers(engine, 30)
+    lost, fresh = (jobs.create(SPEC, enqueue=queue.enqueue_job) for _ in range(2))
+    _take(engine, lost.id, "dead")
+
+    class Busy(Workers):
+        def all(self) -> list[Worker]:
+            found = super().all()
+            workers.register("new", host="h", device="cpu", pid=1)
+            _take(engine, fresh.id, "new")
+            return found
+
+    Reaper(jobs, Busy(engine, 30), queue).sweep()
+    assert _waiting(queue) == [lost.id]
+
+
+def _take(engine: Engine, job_id: str, executor: str) -> None:
+    schema = "dbos." if engine.dialect.name == "postgresql" else ""
+    statement = f"UPDATE {schema}workflow_status SET status = 'PENDING', executor_id = :e WHERE workflow_uuid = :j"
+    with writing(engine) as connection:
+        connection.execute(text(statement), {"e": executor, "j": job_id})
 
 
 def test_nothing_is_pickled(engine: Engine, queue: JobQueue) -> None:
