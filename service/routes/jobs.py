@@ -89,7 +89,13 @@ def show(job_id: str, context: Ctx, request: Request) -> Any:
 def cancel(job_id: str, context: Ctx, request: Request) -> Any:
     """Stop a job and keep what it found. A running job ends as soon as its worker has put its things away."""
     job = context.jobs.request_cancel(job_id)
-    if job.status == "cancelled":
+    if job.status == "running" and job.worker not in context.workers.alive():
+        # No worker is there to see the request, and none may ever come.
+        context.queue.requeue_lost(context.workers.alive, job_id=job_id)
+        if context.queue.cancel_job(job_id):
+            context.jobs.cancelled(job_id)
+            job = context.jobs.get(job_id)
+    elif job.status == "cancelled":
         context.queue.cancel_job(job_id)
     return _answers(context, request, [job])[0]
 

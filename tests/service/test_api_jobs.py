@@ -20,8 +20,19 @@ def queued(context: Context) -> set[str]:
     """Ids of the workflows in the queue."""
     table = "dbos.workflow_status" if context.engine.dialect.name == "postgresql" else "workflow_status"
     with reading(context.engine) as connection:
-        query = text(f"SELECT workflow_uuid FROM {table} WHERE status = 'ENQUEUED'")
+        query = text(f"SELECT workflow_uuid FROM {workflow_table(context)} WHERE status = 'ENQUEUED'")
         return set(connection.execute(query).scalars())
+
+def dequeue(context: Context, job_id: str, executor: str) -> None:
+    """What the engine of a worker does when it takes a job."""
+    statement = f"UPDATE {workflow_table(context)} SET status = 'PENDING', executor_id = :e WHERE workflow_uuid = :j"
+    with writing(context.engine) as connection:
+        connection.execute(text(statement), {"e": executor, "j": job_id})
+
+
+def workflow_table(context: Context) -> str:
+    return "dbos.workflow_status" if context.engine.dialect.name == "postgresql" else "workflow_status"
+
 
 
 def test_a_job_is_taken_in(client: TestClient, context: Context, body: dict[str, Any]) -> None:
@@ -120,6 +131,7 @@ def test_a_queued_job_is_cancelled_at_once(client: TestClient, context: Context,
 
 
 def test_a_running_job_is_asked_to_stop(client: TestClient, context: Context, body: dict[str, Any]) -> None:
+    context.workers.register("w", host="h", device="cpu", pid=1)
     job = client.post("/v1/jobs", json=body).json()
     context.jobs.set_running(job["id"], "w")
     context.jobs.set_best(job["id"], 0.5, 27.5, 3)
@@ -128,6 +140,32 @@ def test_a_running_job_is_asked_to_stop(client: TestClient, context: Context, bo
     context.jobs.cancelled(job["id"])
     kept = client.get(job["links"]["self"]).json()
     assert (kept["status"], kept["best"]) == ("cancelled", {"0.5": {"score": 27.5, "trial": 3}})
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_job_whose_worker_is_gone_is_cancelled_at_once(
+    client: TestClient, context: Context, body: dict[str, Any], released: bool
+) -> None:
+    job = client.post("/v1/jobs", json=body).json()
+    context.jobs.set_running(job["id"], "gone")
+    if released:
+        context.jobs.release(job["id"], "gone", "it was stopped")
+    else:
+        dequeue(context, job["id"], "gone")
+    answer = client.post(job["links"]["cancel"]).json()
+    assert (answer["status"], answer["cancel_requested"]) == ("cancelled", True)
+    assert queued(context) == set()
+    assert client.delete(job["links"]["self"]).status_code == 204
+
+
+def test_a_name_that_no_database_takes_names_nothing(
+    client: TestClient, context: Context, body: dict[str, Any]
+) -> None:
+    job = client.post("/v1/jobs", json=body).json()["id"]
+    for path in ("job_%00", f"{job}%00", f"{job}%0a/events", f"{job}/checkpoints/0.5/files/config.json%00"):
+        answer = client.get(f"/v1/jobs/{path}")
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), path
+    assert client.post("/v1/jobs/%00/cancel").status_code == client.delete("/v1/jobs/%00").status_code == 404
+
 
 
 @pytest.mark.one_database
