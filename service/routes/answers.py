@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -83,6 +84,13 @@ def cursor(after: str | None) -> int | None:
     if not (after.isascii() and after.isdecimal() and len(after) <= 18):
         raise InvalidInput("after: take the `next` of the page before", pointer="query/after")
     return int(after)
+
+
+def page_of(items: Sequence[Item], limit: int, after: str | None) -> tuple[Sequence[Item], str | None]:
+    """A page of a list that is read whole, and the `next` of it."""
+    begin = cursor(after) or 0
+    end = begin + limit
+    return items[begin:end], str(end) if end < len(items) else None
 
 
 def base_url(request: Request) -> str:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field
 from ranksearch.search.errors import NotFound, RanksearchError
 from ranksearch.search.spec import budget_label
 from ranksearch.service.context import Ctx
-from ranksearch.service.routes.answers import Page, base_url
+from ranksearch.service.problems import problem
+from ranksearch.service.routes.answers import After, Limit, Page, base_url, page_of
 from ranksearch.service.store.checkpoints import Checkpoint
 
 router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["results"])
@@ -54,10 +55,11 @@ class FileLost(RanksearchError):
 
 
 @router.get("", response_model=Page[CheckpointAnswer])
-def checkpoints(job_id: str, context: Ctx, request: Request) -> Any:
+def checkpoints(job_id: str, context: Ctx, request: Request, limit: Limit = 100, after: After = None) -> Any:
     """One checkpoint per finished budget."""
     context.jobs.get(job_id)
-    return Page(data=[_answer(found, base_url(request)) for found in context.checkpoints.of(job_id)])
+    shown, more = page_of(context.checkpoints.of(job_id), limit, after)
+    return Page(data=[_answer(found, base_url(request)) for found in shown], next=more)
 
 
 @router.head("/{kept}/files/{path:path}", response_class=FileResponse, include_in_schema=False)

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from ranksearch.service.context import Ctx
-from ranksearch.service.routes.answers import Page
+from ranksearch.service.routes.answers import After, Limit, Page, page_of
 
 router = APIRouter(prefix="/workers", tags=["workers"])
 
@@ -31,9 +31,11 @@ class WorkerAnswer(BaseModel):
 
 
 @router.get("", response_model=Page[WorkerAnswer])
-def workers(context: Ctx) -> Any:
+def workers(context: Ctx, limit: Limit = 100, after: After = None) -> Any:
     """All workers, those that have gone silent too."""
+    shown, more = page_of(context.workers.all(), limit, after)
     return Page(
+        next=more,
         data=[
             WorkerAnswer(
                 id=worker.id,
@@ -48,6 +50,6 @@ def workers(context: Ctx) -> Any:
                 started_at=worker.started,
                 last_seen=worker.heartbeat,
             )
-            for worker in context.workers.all()
-        ]
+            for worker in shown
+        ],
     )

@@ -208,6 +208,11 @@ def test_workers_are_listed(client: TestClient, context: Context) -> None:
     (worker,) = client.get("/v1/workers").json()["data"]
     assert (worker["id"], worker["memory_bytes"], worker["job"], worker["trial"]) == ("host:cpu", 10**11, "job_a", 7)
     assert worker["alive"] is True
+    context.workers.register("other:cpu", host="other", device="cpu", pid=1)
+    first = client.get("/v1/workers", params={"limit": 1}).json()
+    second = client.get("/v1/workers", params={"limit": 1, "after": first["next"]}).json()
+    assert [page["data"][0]["id"] for page in (first, second)] == ["host:cpu", "other:cpu"]
+    assert second["next"] is None
     assert worker["last_seen"].endswith("Z")
 
 

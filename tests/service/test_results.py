@@ -109,6 +109,11 @@ def test_checkpoints_list_what_can_be_fetched(client: TestClient, context: Conte
         assert answer.headers["etag"] == f'"{file["sha256"]}"'
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["content-disposition"].startswith("attachment")
+    publish(context, job["id"], 0.25)
+    first = client.get(job["links"]["checkpoints"], params={"limit": 1}).json()
+    second = client.get(job["links"]["checkpoints"], params={"limit": 1, "after": first["next"]}).json()
+    assert [page["data"][0]["kept"] for page in (first, second)] == [0.5, 0.25]
+    assert second["next"] is None
 
 
 @pytest.fixture
