@@ -10,6 +10,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
+from starlette.types import Message, Receive, Scope, Send
 
 from ranksearch.search.errors import NotFound, RanksearchError
 from ranksearch.search.spec import budget_label
@@ -54,6 +55,30 @@ class FileLost(RanksearchError):
     status = 500
 
 
+class Download(FileResponse):
+    """A file; a range of it that cannot be had is a problem like any other."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal: Response | None = None
+
+        async def told(message: Message) -> None:
+            nonlocal refusal
+            if message["type"] == "http.response.start" and message["status"] in (400, 416):
+                refusal = self._refusal(message["status"])
+                await refusal(scope, receive, send)
+            elif refusal is None:
+                await send(message)
+
+        await super().__call__(scope, receive, told)
+
+    def _refusal(self, status: int) -> Response:
+        size = self.headers["content-length"]
+        headers = {"Content-Range": f"bytes */{size}"}
+        if status == 416:
+            return problem(416, "range_not_satisfiable", f"the file ends at byte {size}", headers=headers)
+        return problem(400, "invalid_range", "Range must be bytes=FIRST-LAST, either may be left out", headers=headers)
+
+
 @router.get("", response_model=Page[CheckpointAnswer])
 def checkpoints(job_id: str, context: Ctx, request: Request, limit: Limit = 100, after: After = None) -> Any:
     """One checkpoint per finished budget."""
@@ -81,7 +106,7 @@ def file(job_id: str, kept: str, path: str, context: Ctx, request: Request) -> R
     if not stored.is_file():
         raise FileLost(f"the artifact store has lost {path}; was its folder cleaned by hand?", sha256=found.sha256)
     name = path.rpartition("/")[2]
-    return FileResponse(stored, headers=headers, filename=name, stat_result=stored.stat())
+    return Download(stored, headers=headers, filename=name, stat_result=stored.stat())
 
 
 def _answer(checkpoint: Checkpoint, base: str) -> CheckpointAnswer:

@@ -135,7 +135,12 @@ def test_a_download_can_be_resumed(client: TestClient, fetched: str) -> None:
     assert (same.status_code, same.content) == (206, WEIGHTS[:10])
     other = client.get(fetched, headers={"Range": "bytes=0-9", "If-Range": '"other"'})
     assert (other.status_code, len(other.content)) == (200, 300_000)
-    assert client.get(fetched, headers={"Range": "bytes=300000-"}).status_code == 416
+    for asked, status, code in (("bytes=300000-", 416, "range_not_satisfiable"), ("bytes=x-", 400, "invalid_range")):
+        refused = client.get(fetched, headers={"Range": asked})
+        assert (refused.status_code, refused.json()["code"]) == (status, code)
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.headers["content-range"] == "bytes */300000"
+        assert "etag" not in refused.headers
     assert client.get(fetched, headers={"Range": "bytes=-5"}).content == WEIGHTS[-5:]
 
 
