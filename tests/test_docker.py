@@ -49,6 +49,16 @@ def test_a_dockerfile_names_only_what_exists(path: Path) -> None:
     assert users[0] < len(steps) - 1
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_no_folder_of_the_user_stays_with_root(path: Path) -> None:
+    """`install --directory` gives the owner only the folders it is told, not those it makes on the way."""
+    (made,) = re.findall(r"install --directory (.*)", "\n".join(rest for _, rest in instructions(path)))
+    folders = [Path(word) for word in made.split(" && ")[0].split() if word.startswith("/")]
+    there = {Path("/"), Path("/home/ranksearch")}
+    for place, folder in enumerate(folders):
+        assert folder.parent in there | set(folders[:place]), folder
+
+
 def test_the_server_image_has_no_torch_and_the_worker_image_no_service() -> None:
     server, worker = ((ROOT / "docker" / f"Dockerfile.{name}").read_text() for name in ("server", "worker"))
     assert "'.[service]'" in server
