@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,15 @@ def test_server_and_worker_share_database_artifacts_and_models() -> None:
     settings = Settings(**{name.removeprefix("RANKSEARCH_").lower(): value for name, value in values.items()})
     assert settings.database == "postgresql+psycopg://ranksearch:secret@postgres:5432/ranksearch"
     assert str(settings.artifacts_dir) == "/data/artifacts"
+
+
+def test_the_example_says_how_to_make_what_it_wants() -> None:
+    example = (ROOT / "docker" / "example.env").read_text()
+    command = re.search(r"printf .*", example)
+    assert command
+    done = subprocess.run(["sh", "-c", command[0]], capture_output=True, text=True, check=True)
+    assert Settings(tokens=done.stdout).tokens == (hashlib.sha256(b"TOKEN").hexdigest(),)  # type: ignore[arg-type]
+    assert "letters and digits only" in example.split("POSTGRES_PASSWORD=")[0].lower()
 
 
 def test_every_variable_of_the_compose_file_is_in_the_example() -> None:
