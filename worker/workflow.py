@@ -14,7 +14,7 @@ from typing import Any
 
 from dbos import DBOS
 from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from ranksearch.search.errors import JobNotFound, RanksearchError
 from ranksearch.search.spec import budget_label
@@ -26,7 +26,8 @@ from ranksearch.worker.known_errors import as_known_error
 from ranksearch.worker.running_job import JobCancelled, JobLost, RunningJob, WorkerState
 
 log = logging.getLogger("ranksearch.worker.job")
-_DATABASE_FAILURES = (DBAPIError, StorageInternalError)
+#: The database is gone or busy; a statement that it refuses is our mistake, and only this job's end.
+_DATABASE_FAILURES = (OperationalError, InterfaceError, StorageInternalError)
 
 
 class _Over(Exception):  # a way out of the middle of a workflow, not an error
@@ -122,7 +123,7 @@ class JobWorkflow:
             _Over: The stage failed or was cancelled, and the job has been told.
         """
         name = stage if kept is None else f"{stage}/{budget_label(kept)}"
-        run.files = stages.files_of(run.worker.artifacts.path, *facts)
+        run.known = stages.known_of(run.worker.artifacts.path, *facts)
         outcome: dict[str, Any] = DBOS.run_step({"name": name}, lambda: self._outcome(run, stage, do))
         jobs, me = run.worker.jobs, run.worker.identity
         if "error" in outcome:

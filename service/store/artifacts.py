@@ -99,6 +99,7 @@ class ArtifactStore:
         table = tables.artifact
         key = {"kind": kind, "fingerprint": fingerprint}
         with writing(self.engine) as connection:
+            _lock_uses(connection)  # so that of two jobs with the same fingerprint one comes after the other
             connection.execute(delete(table).filter_by(**key))
             values = {**key, "sha256": blob.sha256, "size": blob.size, "created": now()}
             connection.execute(insert(table).values(values))

@@ -102,6 +102,27 @@ def test_a_calibration_is_found_by_later_jobs(store: ArtifactStore, jobs: Jobs, 
     assert store.find("calibration", "f", job_id=finished(jobs, spec)) is None
 
 
+def test_two_jobs_may_save_the_same_calibration_at_once(
+    store: ArtifactStore, jobs: Jobs, spec: JobSpec, tmp_path: Path
+) -> None:
+    count = 8
+    ids, gate, saved = [finished(jobs, spec) for _ in range(count)], threading.Barrier(count), []
+
+    def save(job_id: str) -> None:
+        source = tmp_path / job_id
+        gate.wait()
+        for number in range(10):
+            source.write_bytes(b"moments")
+            saved.append(store.save("calibration", f"f{number}", source, job_id=job_id))
+
+    threads = [threading.Thread(target=save, args=[job_id]) for job_id in ids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (len(saved), len(set(saved))) == (10 * count, 1)
+
+
 @pytest.mark.one_database
 def test_a_damaged_calibration_is_not_found(store: ArtifactStore, jobs: Jobs, spec: JobSpec, tmp_path: Path) -> None:
     job = finished(jobs, spec)

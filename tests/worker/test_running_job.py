@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,12 @@ from ranksearch.search.errors import PathNotAllowed
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
-from ranksearch.service.store.database import open_database
+from ranksearch.service.store.database import open_database, writing
 from ranksearch.service.store.jobs import Jobs
 from ranksearch.service.store.settings import Settings
 from ranksearch.worker.device_client import DeviceClient
 from ranksearch.worker.running_job import RunningJob, WorkerState
+from ranksearch.worker.workflow import JobWorkflow
 
 
 @pytest.fixture
@@ -32,14 +34,37 @@ def worker(settings: Settings) -> Iterator[WorkerState]:
     engine.dispose()
 
 
+def begun(worker: WorkerState, source: str) -> RunningJob:
+    job = worker.jobs.create(JobSpec.model_validate({"model": {"source": source}, "budget": {"kept": [0.5]}}))
+    worker.jobs.set_running(job.id, worker.identity)
+    return RunningJob(worker, job)
+
+
+@pytest.mark.one_database
+def test_only_a_database_that_is_gone_ends_the_worker(worker: WorkerState) -> None:
+    class GivenUp(Exception):
+        pass
+
+    def give_up(why: str) -> None:
+        raise GivenUp(why)
+
+    def execute(statement: str) -> dict[str, Any]:
+        with writing(worker.jobs.engine) as connection:
+            connection.exec_driver_sql(statement)
+        return {}
+
+    workflow, run = JobWorkflow(worker, give_up), begun(worker, "someone/some-model")
+    outcome = workflow._outcome(run, "prepare", lambda: execute("INSERT INTO job (id) VALUES ('twice')"))
+    assert "IntegrityError" in outcome["error"]["message"]
+    with pytest.raises(GivenUp, match="no such table"):
+        workflow._outcome(run, "prepare", lambda: execute("SELECT * FROM gone"))
+
+
 @pytest.mark.one_database
 def test_a_stage_looks_once_at_the_paths_it_may_read(worker: WorkerState, allowed: Path, tmp_path: Path) -> None:
     model = allowed / "model"
     model.mkdir()
-    spec = {"model": {"source": f"{allowed}/../allowed/model"}, "budget": {"kept": [0.5]}}
-    job = worker.jobs.create(JobSpec.model_validate(spec))
-    worker.jobs.set_running(job.id, worker.identity)
-    run = RunningJob(worker, job)
+    run = begun(worker, f"{allowed}/../allowed/model")
     run.enter("prepare")
     assert run.context()["source"] == str(model)
     (model / "tokenizer.json").symlink_to(tmp_path / "secret")
