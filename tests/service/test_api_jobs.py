@@ -18,10 +18,10 @@ from ranksearch.service.store.settings import Settings
 
 def queued(context: Context) -> set[str]:
     """Ids of the workflows in the queue."""
-    table = "dbos.workflow_status" if context.engine.dialect.name == "postgresql" else "workflow_status"
     with reading(context.engine) as connection:
         query = text(f"SELECT workflow_uuid FROM {workflow_table(context)} WHERE status = 'ENQUEUED'")
         return set(connection.execute(query).scalars())
+
 
 def dequeue(context: Context, job_id: str, executor: str) -> None:
     """What the engine of a worker does when it takes a job."""
@@ -32,7 +32,6 @@ def dequeue(context: Context, job_id: str, executor: str) -> None:
 
 def workflow_table(context: Context) -> str:
     return "dbos.workflow_status" if context.engine.dialect.name == "postgresql" else "workflow_status"
-
 
 
 def test_a_job_is_taken_in(client: TestClient, context: Context, body: dict[str, Any]) -> None:
@@ -131,8 +130,8 @@ def test_a_queued_job_is_cancelled_at_once(client: TestClient, context: Context,
 
 
 def test_a_running_job_is_asked_to_stop(client: TestClient, context: Context, body: dict[str, Any]) -> None:
-    context.workers.register("w", host="h", device="cpu", pid=1)
     job = client.post("/v1/jobs", json=body).json()
+    context.workers.register("w", host="h", device="cpu", pid=1)
     context.jobs.set_running(job["id"], "w")
     context.jobs.set_best(job["id"], 0.5, 27.5, 3)
     answer = client.post(job["links"]["cancel"]).json()
@@ -140,6 +139,7 @@ def test_a_running_job_is_asked_to_stop(client: TestClient, context: Context, bo
     context.jobs.cancelled(job["id"])
     kept = client.get(job["links"]["self"]).json()
     assert (kept["status"], kept["best"]) == ("cancelled", {"0.5": {"score": 27.5, "trial": 3}})
+
 
 @pytest.mark.parametrize("released", [True, False])
 def test_a_job_whose_worker_is_gone_is_cancelled_at_once(
@@ -165,7 +165,6 @@ def test_a_name_that_no_database_takes_names_nothing(
         answer = client.get(f"/v1/jobs/{path}")
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), path
     assert client.post("/v1/jobs/%00/cancel").status_code == client.delete("/v1/jobs/%00").status_code == 404
-
 
 
 @pytest.mark.one_database
@@ -208,12 +207,12 @@ def test_workers_are_listed(client: TestClient, context: Context) -> None:
     (worker,) = client.get("/v1/workers").json()["data"]
     assert (worker["id"], worker["memory_bytes"], worker["job"], worker["trial"]) == ("host:cpu", 10**11, "job_a", 7)
     assert worker["alive"] is True
+    assert worker["last_seen"].endswith("Z")
     context.workers.register("other:cpu", host="other", device="cpu", pid=1)
     first = client.get("/v1/workers", params={"limit": 1}).json()
     second = client.get("/v1/workers", params={"limit": 1, "after": first["next"]}).json()
     assert [page["data"][0]["id"] for page in (first, second)] == ["host:cpu", "other:cpu"]
     assert second["next"] is None
-    assert worker["last_seen"].endswith("Z")
 
 
 def test_metrics_tell_what_the_database_knows(client: TestClient, context: Context, body: dict[str, Any]) -> None:
