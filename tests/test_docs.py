@@ -32,8 +32,16 @@ def rows(page: str) -> set[str]:
     return found
 
 
+def variables() -> set[str]:
+    """The settings, and what workers read from the environment beside them."""
+    settings = {f"RANKSEARCH_{name.upper()}" for name in Settings.model_fields}
+    text = "".join(path.read_text() for path in (ROOT / "worker").rglob("*.py"))
+    return settings | set(re.findall(r"os\.environ(?:\.get\(|\[)\"(RANKSEARCH_\w+)", text))
+
+
 def test_every_setting_has_its_row() -> None:
-    assert {f"RANKSEARCH_{name.upper()}" for name in Settings.model_fields} == rows("settings.md")
+    assert "RANKSEARCH_THREADS" in variables()
+    assert variables() == rows("settings.md")
 
 
 def test_every_route_has_its_row(tmp_path: Path) -> None:
@@ -172,5 +180,5 @@ def test_examples_name_commands_and_variables_that_exist(page: Path) -> None:
     assert isinstance(group, TyperGroup)
     for verb in re.findall(r"^(?:\$ )?(?:\S*/)?ranksearch ([a-z]+)", text, re.MULTILINE):
         assert verb in group.commands, verb
-    known = {f"RANKSEARCH_{name.upper()}" for name in Settings.model_fields} | {"RANKSEARCH_URL", "RANKSEARCH_TOKEN"}
+    known = variables() | {"RANKSEARCH_URL", "RANKSEARCH_TOKEN"}
     assert set(re.findall(r"RANKSEARCH_[A-Z_]*[A-Z]", text)) <= known
