@@ -84,7 +84,7 @@ class RunningJob:
         self.spec = job.parsed()
         self.spec_json = job.spec
         self.stage: Stage = "prepare"
-        self.files: dict[str, str] = {}  # blocks, calibration, bank: what the device needs to have at hand
+        self.known: dict[str, str] = {}  # from earlier stages, see `known_of`
         self.folder = work_folder(worker.settings, worker.identity) / job.id
         self.source = ""  # of the model, once a stage has found all paths good
         self._looked = self._told = 0.0
@@ -185,7 +185,7 @@ class RunningJob:
             "source": self.source,
             "trust_remote_code": self.spec.model.trust_remote_code,
             "cache_dir": str(self.worker.cache_dir),
-            **self.files,
+            **self.known,
         }
 
     def _allowed_source(self) -> str:

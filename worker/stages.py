@@ -76,7 +76,7 @@ class Ground:
         method = run.spec.method
         targets = tuple(Target(**target) for target in prepared["targets"])
         space = RankSpace(targets=targets, rank_multiple=method.rank_multiple, keep_dense=tuple(method.keep_dense))
-        return cls(space=space, bank=Path(run.files["bank"]))
+        return cls(space=space, bank=Path(run.known["bank"]))
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
@@ -94,12 +94,14 @@ class Ground:
         return facts
 
 
-def files_of(path: Callable[[str], Path], *facts: Facts) -> dict[str, str]:
-    """Blob hashes among the facts as files the device can open: blocks, calibration and bank.
+def known_of(path: Callable[[str], Path], *facts: Facts) -> dict[str, str]:
+    """What a device process that takes over must stick to: the model's commit and fingerprint, and files made so far.
 
     Args:
         path: Where a blob lies.
         *facts: Of the stages so far.
     """
-    names = ("blocks", "calibration", "bank")
-    return {name: str(path(sha256)) for part in facts for name in names if (sha256 := part.get(name))}
+    found = {name: value for part in facts for name, value in part.items() if value}
+    model = {name: found[name] for name in ("revision", "model_fingerprint") if name in found}
+    files = {name: str(path(found[name])) for name in ("blocks", "calibration", "bank") if name in found}
+    return model | files

@@ -84,8 +84,7 @@ class Workbench:
             Facts later stages need: targets, fingerprints, sizes and where the text came from.
         """
         spec = _spec(job)
-        source, revision = job["source"], spec.model.revision
-        model, tokenizer = self._model(job)
+        model, tokenizer, folder = self._model(job)
         progress(0.3)
         _check_lengths(spec, model.config.get_text_config())
         check_weights(model)
@@ -107,14 +106,16 @@ class Workbench:
             "targets": [asdict(target) for target in targets],
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "model_fingerprint": model_fingerprint(source, revision),
+            "model_fingerprint": model_fingerprint(folder),
+            # the commit of a hub model: its branch may move on before the job is over
+            "revision": folder.name if folder.parent.name == "snapshots" else None,
             "text": text,
         }
 
     def calibrate(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
         """Collect covariances on the calibration blocks and write them to a file."""
         spec = _spec(job)
-        model, _ = self._model(job)
+        model, _, _ = self._model(job)
         gradients = spec.method.metric == "two_sided"
         self._unload("trials")
         blocks = load_blocks(job["blocks"])["calibration"]
@@ -125,7 +126,7 @@ class Workbench:
     def factor(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
         """Factor all targets and write the bank to a file."""
         spec = _spec(job)
-        model, _ = self._model(job)
+        model, _, _ = self._model(job)
         self._unload("trials")
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
         bank = build_bank(model, find_targets(model), calibration, metric=spec.method.metric, progress=progress)
@@ -166,7 +167,7 @@ class Workbench:
     ) -> dict[str, Any]:
         """Export the vector `best` to a folder and prove it; see `prove`."""
         spec = _spec(job)
-        model, tokenizer = self._model(job)
+        model, tokenizer, folder_of_model = self._model(job)
         self._bank(job)
         self._unload("trials")
         return prove(
@@ -176,7 +177,7 @@ class Workbench:
             load_blocks(job["blocks"]),
             vectors,
             spec=spec,
-            source=locate(job["source"], revision=spec.model.revision),
+            source=folder_of_model,
             folder=Path(folder),
             device=self.device,
             device_name=self._facts["name"],
@@ -185,19 +186,22 @@ class Workbench:
 
     # what is loaded
 
-    def _model(self, job: Mapping[str, Any]) -> tuple[Any, Any]:
-        spec = _spec(job)
+    def _model(self, job: Mapping[str, Any]) -> tuple[Any, Any, Path]:
+        """The job's model, its tokenizer, and the folder they come from.
+
+        Raises:
+            InvalidInput: It is not the model that the job began with.
+        """
+        spec = _spec(job).model
         key = (job["id"], job["source"])
 
-        def load() -> tuple[Any, Any]:
+        def load() -> tuple[Any, Any, Path]:
             self.close({}, progress=_silent)
-            return load_model(
-                job["source"],
-                revision=spec.model.revision,
-                dtype=spec.model.dtype,
-                device=self.device,
-                trust_remote_code=job["trust_remote_code"],
-            )
+            source, trust = job["source"], job["trust_remote_code"]
+            folder = locate(source, revision=job.get("revision") or spec.revision, trust_remote_code=trust)
+            if job.get("model_fingerprint") not in (None, model_fingerprint(folder)):
+                raise InvalidInput(f"The model {source} has changed since the job began; submit the job again.")
+            return *load_model(folder, dtype=spec.dtype, device=self.device, trust_remote_code=trust), folder
 
         return self._once("model", key, load)  # type: ignore[no-any-return]
 
@@ -205,7 +209,7 @@ class Workbench:
         return self._once("bank", job["bank"], lambda: FactorBank.load(job["bank"], self.device))  # type: ignore[no-any-return]
 
     def _trials(self, job: Mapping[str, Any]) -> tuple[PrefixModel, Evaluation]:
-        model, _ = self._model(job)
+        model, _, _ = self._model(job)
         bank = self._bank(job)
 
         def build() -> tuple[PrefixModel, Evaluation]:
