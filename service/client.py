@@ -113,20 +113,11 @@ class Client:
     def cancel(self, job_id: str) -> JSON:
         return self._json("POST", f"/v1/jobs/{_part(job_id)}/cancel")
 
-    def delete(self, job_id: str) -> None:
-        self._send("DELETE", f"/v1/jobs/{_part(job_id)}")
-
-    def trials(self, job_id: str) -> Iterator[JSON]:
-        return self._pages(f"/v1/jobs/{_part(job_id)}/trials", None)
-
     def report(self, job_id: str) -> JSON:
         return self._json("GET", f"/v1/jobs/{_part(job_id)}/report")
 
     def checkpoints(self, job_id: str) -> list[JSON]:
         return list(self._pages(f"/v1/jobs/{_part(job_id)}/checkpoints", None))
-
-    def workers(self) -> list[JSON]:
-        return list(self._pages("/v1/workers", None))
 
     def healthy(self) -> bool:
         """Whether the server is up, asked once and without waiting."""

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from ranksearch.search.errors import BrokenDownload, InvalidInput, RanksearchError, RequestRefused, ServerUnreachable
 
-OK: Final = 0
 JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
 UNREACHABLE: Final = 3

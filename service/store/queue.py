@@ -56,7 +56,7 @@ class JobQueue:
             lazy=True,
         )
 
-    def enqueue_job(self, transaction: Connection | Session, job_id: str, *, priority: int = 0) -> None:
+    def enqueue_job(self, transaction: Connection | Session, job_id: str) -> None:
         """Queue a job inside the caller's transaction: job row and place in the queue are committed together."""
         options: EnqueueOptions = {
             "workflow_name": RUN_JOB,
@@ -64,8 +64,6 @@ class JobQueue:
             "workflow_id": job_id,
             "app_version": VERSION,
         }
-        if priority:
-            options["priority"] = priority
         self._client.enqueue_in_transaction(transaction, options, job_id)
 
     def cancel_job(self, job_id: str) -> bool:

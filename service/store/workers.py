@@ -74,11 +74,6 @@ class Workers:
             beaten = connection.execute(mine.values(heartbeat=now(), job_id=job_id, trial=trial))
         return bool(beaten.rowcount)
 
-    def set_flops(self, worker_id: str, flops: float) -> None:
-        """Record the measured speed, for estimates."""
-        with writing(self.engine) as connection:
-            connection.execute(update(table).where(table.c.id == worker_id).values(flops=flops))
-
     def all(self) -> list[Worker]:
         """All workers, dead ones too, by id."""
         with reading(self.engine) as connection:

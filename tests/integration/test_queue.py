@@ -57,14 +57,6 @@ def test_a_job_is_queued_once(engine: Engine, queue: JobQueue) -> None:
     assert _waiting(queue) == ["job_twice"]
 
 
-def test_urgent_jobs_go_first(engine: Engine, queue: JobQueue) -> None:
-    with engine.begin() as connection:
-        queue.enqueue_job(connection, "job_later", priority=7)
-        queue.enqueue_job(connection, "job_sooner", priority=3)
-    priorities = {w.workflow_id: w.priority for w in queue._client.list_workflows(status="ENQUEUED")}
-    assert priorities == {"job_later": 7, "job_sooner": 3}
-
-
 def test_a_waiting_job_can_be_taken_out(engine: Engine, queue: JobQueue) -> None:
     with engine.begin() as connection:
         queue.enqueue_job(connection, "job_unwanted")

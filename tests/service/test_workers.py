@@ -23,14 +23,15 @@ def fall_silent(engine: Engine, worker_id: str, seconds: float) -> None:
 
 
 def test_a_worker_announces_itself_and_beats(workers: Workers) -> None:
-    workers.register("host:cpu", host="host", device="cpu", pid=11, memory_bytes=1 << 40, facts={"torch": "2.13"})
+    workers.register(
+        "host:cpu", host="host", device="cpu", pid=11, memory_bytes=1 << 40, flops=2.5e9, facts={"torch": "2.13"}
+    )
     before = workers.get("host:cpu")
     assert before is not None
     assert (before.memory_bytes, before.facts, before.alive, before.job_id) == (1 << 40, {"torch": "2.13"}, True, None)
     assert abs(datetime.now(UTC) - before.heartbeat) < timedelta(minutes=1)
     time.sleep(0.01)  # the database's clock counts milliseconds
     assert workers.heartbeat("host:cpu", pid=11, job_id="job_a", trial=3)
-    workers.set_flops("host:cpu", 2.5e9)
     after = workers.get("host:cpu")
     assert after is not None
     assert after.heartbeat > before.heartbeat
