@@ -52,6 +52,17 @@ def test_logits_that_are_not_a_product_are_noticed(tiny, blocks, family, linear)
         assert torch.allclose(found, model(input_ids=blocks[:2]).logits, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "cap"), [(torch.bfloat16, 15.0), (torch.float16, 30.0)])
+def test_a_soft_cap_that_moves_no_logit_far_is_noticed(tiny, blocks, dtype, cap):
+    model = tiny("gemma2", dtype=dtype, final_logit_softcapping=cap)
+    readout = Readout(model, blocks)
+    with torch.no_grad():
+        plain = model.lm_head(readout.hidden(blocks[:1, :8])).float()
+        capped = model(input_ids=blocks[:1, :8]).logits.float()
+    assert (plain - capped).abs().max() < 8 * torch.finfo(dtype).eps * capped.abs().max()
+    assert not readout.linear
+
+
 def test_logits_that_depend_on_more_than_the_hidden_state_are_refused(tiny, blocks):
     model = tiny()
     forward = model.forward
