@@ -24,13 +24,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.targets import Target
-from ranksearch.worker.covariance import POOL, Moments
+from ranksearch.worker.covariance import Moments
 from ranksearch.worker.readout import Readout
 
 Progress = Callable[[float], None]
+
+#: Bytes of covariances that a CUDA device holds at once, at most: the cost of another pass is small by then.
+MOST_ON_DEVICE = 4 << 30
 
 #: Bytes of logits, and of their gradient, that the backward pass may hold at once.
 LOGIT_BYTES = 64 << 20
@@ -42,7 +46,6 @@ class Calibration:
 
     Attributes:
         inputs: Leader target -> `n x n` mean of x x', fp32, on the CPU.
-        means: Leader target -> `pools x n` means of x over pools of 32 sequences.
         leader: Target -> the target under whose name its inputs are kept.
         gradients: Target -> `m x m` mean of g g'; empty without gradients.
         tokens: Target -> feature vectors seen.
@@ -50,7 +53,6 @@ class Calibration:
     """
 
     inputs: Mapping[str, Tensor]
-    means: Mapping[str, Tensor]
     leader: Mapping[str, str]
     gradients: Mapping[str, Tensor]
     tokens: Mapping[str, int]
@@ -65,7 +67,7 @@ class Calibration:
         facts = {"leader": dict(self.leader), "tokens": dict(self.tokens), "total_tokens": self.total_tokens}
         tensors = {
             f"{part}/{name}": tensor.contiguous()
-            for part in ("inputs", "means", "gradients")
+            for part in ("inputs", "gradients")
             for name, tensor in getattr(self, part).items()
         }
         save_file(tensors, str(path), metadata={"calibration": json.dumps(facts)})
@@ -73,7 +75,7 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Reads what `save` wrote; tensors stay memory-mapped."""
-        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "means": {}, "gradients": {}}
+        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "gradients": {}}
         with safe_open(str(path), framework="pt") as file:
             facts = json.loads(file.metadata()["calibration"])
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
@@ -99,34 +101,45 @@ def calibrate(
         targets: What to observe.
         blocks: Token ids, `sequences x length`.
         gradients: Also run the backward pass and accumulate G.
-        batch_tokens: Tokens per forward (and backward) pass; at least one sequence.
+        batch_tokens: Tokens per forward (and backward) pass, at least one sequence; halved when a device's memory does
+            not suffice.
         memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit.
-            None is half of what a CUDA device has free, and no limit elsewhere.
+            None is half of what a CUDA device has free, `MOST_ON_DEVICE` at most, and no limit elsewhere.
         progress: Told the fraction done.
 
     Raises:
         NumericalError: A target's inputs or output gradients hold NaN or Inf; names it.
+        torch.OutOfMemoryError: The device has too little memory even for one sequence.
     """
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
     if memory_limit is None and readout.device.type == "cuda":
-        memory_limit = torch.cuda.mem_get_info(readout.device)[0] // 2
+        memory_limit = min(torch.cuda.mem_get_info(readout.device)[0] // 2, MOST_ON_DEVICE)
     passes = _split(groups, gradients=gradients, limit=memory_limit)
     total = blocks.numel()
-    found: dict[str, dict[str, Any]] = {"inputs": {}, "means": {}, "gradients": {}, "tokens": {}}
-    for index, part in enumerate(passes):
-        observer = _Observer(model, part, pools=-(-len(blocks) // POOL), gradients=gradients)
-        with observer, _frozen(model):
-            for done in _passes(readout, blocks, observer, gradients=gradients, batch_tokens=batch_tokens):
-                progress((index + done) / len(passes))
-        # off the device before the next pass needs its memory
-        for name, moments in observer.inputs.items():
-            found["inputs"][name] = moments.mean().cpu()
-            found["means"][name] = moments.pool_means().cpu()
-            found["tokens"][name] = moments.tokens
-        for name, moments in observer.outputs.items():
-            found["gradients"][name] = moments.mean(total).cpu()
-        del observer, moments
+    found: dict[str, dict[str, Any]] = {"inputs": {}, "gradients": {}, "tokens": {}}
+    rows = max(1, batch_tokens // blocks.shape[1])
+    waiting = list(passes)
+    while waiting:
+        observer = _Observer(model, waiting[0], gradients=gradients)
+        try:
+            with observer, _frozen(model), _repeatable(readout.device):
+                for done in _batches(readout, blocks, observer, gradients=gradients, rows=rows):
+                    progress((len(passes) - len(waiting) + done) / len(passes))
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+            del observer  # before another one is made
+            continue
+        # off the device before the next pass needs its memory, and never there twice
+        while observer.inputs:
+            name, moments = observer.inputs.popitem()
+            found["inputs"][name], found["tokens"][name] = moments.take_mean().cpu(), moments.tokens
+        while observer.outputs:
+            name, moments = observer.outputs.popitem()
+            found["gradients"][name] = moments.take_mean(total).cpu()
+        del waiting[0], moments
     leader = {target.name: group[0].name for group in groups for target in group}
     found["tokens"] = {name: found["tokens"][lead] for name, lead in leader.items()}
     return Calibration(leader=leader, total_tokens=total, **found)
@@ -135,12 +148,11 @@ def calibrate(
 class _Observer:
     """Hooks that feed moments, for the targets of one pass."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[Target]], *, pools: int, gradients: bool) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[Target]], *, gradients: bool) -> None:
         self._model, self._groups, self._gradients = model, groups, gradients
         self._hooks: list[Any] = []
-        self.pool = 0
         device = next(model.parameters()).device
-        self.inputs = {g[0].name: Moments(g[0].in_features, pools=pools, device=device) for g in groups}
+        self.inputs = {g[0].name: Moments(g[0].in_features, device=device) for g in groups}
         self.outputs = {t.name: Moments(t.out_features, device=device) for g in groups for t in g} if gradients else {}
 
     def __enter__(self) -> _Observer:
@@ -158,7 +170,7 @@ class _Observer:
 
     def _see_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
-            self.inputs[name].add(args[0], self.pool)
+            self.inputs[name].add(args[0])
 
     def _see_output(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
@@ -180,23 +192,28 @@ class _Observer:
                     )
 
 
-def _passes(
-    readout: Readout, blocks: Tensor, observer: _Observer, *, gradients: bool, batch_tokens: int
-) -> Iterator[float]:
-    """One run over the text; yields the fraction done after each batch. A batch never crosses a pool."""
-    rows = max(1, min(POOL, batch_tokens // blocks.shape[1]))
+def _batches(readout: Readout, blocks: Tensor, observer: _Observer, *, gradients: bool, rows: int) -> Iterator[float]:
+    """One run over the text, `rows` sequences at once; yields the fraction done after each batch."""
     done = 0
-    for pool, sequences in enumerate(blocks.split(POOL)):
-        observer.pool = pool
-        for batch in sequences.split(rows):
-            ids = batch.to(readout.device)
-            with torch.set_grad_enabled(gradients):
-                hidden = readout.hidden(ids)
-                if gradients:
-                    hidden.backward(_nll_gradient(readout, hidden.detach(), ids))
-            done += len(batch)
-            yield done / len(blocks)
+    for batch in blocks.split(rows):
+        ids = batch.to(readout.device)
+        with torch.set_grad_enabled(gradients):
+            hidden = readout.hidden(ids)
+            if gradients:
+                hidden.backward(_nll_gradient(readout, hidden.detach(), ids))
         observer.check()
+        done += len(batch)
+        yield done / len(blocks)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On CUDA, attention whose backward pass adds up in a fixed order; the fused kernels use atomic additions."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _nll_gradient(readout: Readout, hidden: Tensor, ids: Tensor) -> Tensor:

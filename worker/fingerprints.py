@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 #: Raise one when its algorithm gives other results than before: what was stored under the old number is not found then.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 BANK_VERSION = 1
 
 
@@ -24,11 +24,13 @@ def calibration_fingerprint(prepared: Mapping[str, Any], *, gradients: bool) -> 
         prepared: Facts of the prepare stage.
         gradients: Whether output gradients are collected, too.
     """
+    text = prepared["text"]["calibration"]
     return _of(
         version=CALIBRATION_VERSION,
         model=prepared["model_fingerprint"],
         dtype=prepared["dtype"],
-        tokens=prepared["text"]["calibration"]["tokens"],
+        tokens=text["tokens"],
+        sequence_length=text["sequence_length"],
         gradients=gradients,
     )
 

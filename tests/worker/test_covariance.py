@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranksearch.worker.covariance import Moments, centred
+from ranksearch.worker.covariance import Moments
 
 
 def features(tokens: int, size: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -19,20 +19,16 @@ def test_a_loop_over_batches_equals_one_batch(dtype):
         parts.add(part)
     assert whole.tokens == parts.tokens == 60
     assert whole.second.dtype == torch.float32
-    assert torch.allclose(whole.mean(), parts.mean(), rtol=1e-5)
+    assert torch.allclose(first := whole.take_mean(), parts.take_mean(), rtol=1e-5)
     expected = torch.einsum("ti,tj->ij", X.double(), X.double()) / 60
-    assert torch.allclose(whole.mean().double(), expected, rtol=1e-5)
+    assert torch.allclose(first.double(), expected, rtol=1e-5)
 
 
-def test_centring_within_pools_equals_the_textbook_covariance():
-    pools = [features(30), features(30) * 3 - 1, features(12)]
-    moments = Moments(5, pools=3)
-    for pool, X in enumerate(pools):
-        for part in X.split(7):
-            moments.add(part, pool)
-    expected = sum(len(X) * torch.cov(X.double().mT, correction=0) for X in pools) / 72
-    found = centred(moments.mean(), moments.pool_means(), moments.counts)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+def test_the_mean_takes_no_memory_of_its_own():
+    moments = Moments(5)
+    moments.add(features(8))
+    place = moments.second.data_ptr()
+    assert moments.take_mean(16).data_ptr() == place
 
 
 def test_values_that_are_not_finite_are_noticed():
@@ -47,5 +43,4 @@ def test_values_that_are_not_finite_are_noticed():
 
 
 def test_no_tokens_give_zero():
-    assert not Moments(3).mean().any()
-    assert not Moments(3, pools=2).pool_means().any()
+    assert not Moments(3).take_mean().any()
