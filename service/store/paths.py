@@ -25,6 +25,14 @@ MAX_PATTERNS: Final = 100
 MAX_MATCHES: Final = 10_000
 #: Builders that `datasets` carries itself; they read the files they are given.
 _BUILDERS: Final = frozenset({"text", "json", "csv", "parquet", "arrow"})
+#: Its other builders. Their names look like hub ids, but they read the working directory, some of them pickles.
+_OTHER_BUILDERS: Final = frozenset(
+    {
+        *("audiofolder", "cache", "conll", "eval", "fasta", "fastq", "genbank", "generator", "harbor"),
+        *("hdf5", "iceberg", "imagefolder", "lance", "meshfolder", "mmcif", "niftifolder", "pandas", "pdb"),
+        *("pdffolder", "spark", "sql", "tsfile", "videofolder", "vortex", "webdataset", "xml"),
+    }
+)
 
 
 def resolve_allowed(path: str | Path, settings: Settings) -> Path:
@@ -95,9 +103,11 @@ def check_dataset(dataset: Dataset, settings: Settings) -> None:
 
     Raises:
         PathNotAllowed: A path lies outside the allowed folders.
-        DatasetError: A file is named by a URL, or a file builder is given no files.
+        DatasetError: A file is named by a URL, a file builder is given no files, or it is one we do not serve.
     """
     builder = dataset.path in _BUILDERS
+    if dataset.path in _OTHER_BUILDERS:
+        raise DatasetError(f"builder {dataset.path!r} is not served; the builders are {', '.join(sorted(_BUILDERS))}")
     files = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files or []
     for name in files:
         if "://" in name or "::" in name:

@@ -132,6 +132,15 @@ def test_datasets_read_allowed_files_only(settings: Settings, allowed: Path, tmp
     assert [check(settings, **dataset) for dataset in refused] == [PathNotAllowed] * len(refused)
 
 
+def test_no_builder_reads_the_working_directory(settings: Settings) -> None:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    assert {"text", "pandas"} <= set(_PACKAGED_DATASETS_MODULES)
+    for builder in _PACKAGED_DATASETS_MODULES:
+        assert check(settings, path=builder) is DatasetError, builder
+        assert check(settings, path=builder, data_files="x") in (DatasetError, PathNotAllowed), builder
+
+
 def test_datasets_fetch_no_urls(settings: Settings) -> None:
     for name in (
         "http://169.254.169.254/x",
