@@ -77,7 +77,7 @@ class RankSampler(optuna.samplers.BaseSampler):
             seed: A proposal is a function of the seed, the trial number and the trials told.
             dense_score: Score of the dense model: perplexity, or 0 for `kl`.
             objective: What a trial's value is.
-            siblings: Trials of the same job at other budgets; the sensitivities are shared.
+            siblings: Trials of the same job at other budgets, the nearest first; the sensitivities are shared.
         """
         self._allocator, self._space, self._kept, self._seed = allocator, allocator.space, kept, seed
         self._dense_score, self._objective, self._siblings = dense_score, objective, siblings
@@ -194,7 +194,8 @@ class RankSampler(optuna.samplers.BaseSampler):
         )
 
     def _told(self, trials: Sequence[FrozenTrial]) -> list[_Told]:
-        """Scores of this study and its siblings; of very many the best half and the latest half."""
+        """Scores of this study and then its siblings, as many as there is room for; of more than that in a study, the
+        best half and the latest half."""
         told: list[_Told] = []
         for group, members in enumerate([trials, *self._siblings]):
             reference = _excesses(members, self._objective, self._dense_score)
@@ -210,9 +211,10 @@ class RankSampler(optuna.samplers.BaseSampler):
                 for trial in members
                 if trial.number in reference
             ]
-            if len(found) > _MOST_TRIALS:
-                best = sorted(found, key=lambda t: (t.excess, t.number))[: _MOST_TRIALS // 2]
-                numbers = {t.number for t in [*best, *found[-_MOST_TRIALS // 2 :]]}
+            room = _MOST_TRIALS - len(told)
+            if len(found) > room:
+                best = sorted(found, key=lambda t: (t.excess, t.number))[: room // 2]
+                numbers = {t.number for t in [*best, *found[len(found) - room // 2 :]]}
                 found = [t for t in found if t.number in numbers]
             told += found
         return told

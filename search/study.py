@@ -97,7 +97,8 @@ class RankStudy:
         self.allocator = Allocator(space, spectra)
         self.coordinates = Coordinates(space.targets)
         self._storage = optuna.storages.get_storage(storage)
-        self._siblings = [study_name(job_id, other) for other in siblings if other != kept]
+        nearest = sorted(siblings, key=lambda other: abs(other - kept))
+        self._siblings = [study_name(job_id, other) for other in nearest if other != kept]
         self._offered: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(

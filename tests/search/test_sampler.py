@@ -124,6 +124,15 @@ def test_another_budget_of_the_job_teaches_the_sensitivities() -> None:
     assert gains[1] > max(gains[0], 0.3)
 
 
+def test_a_job_of_many_budgets_proposes_no_slower_than_one_of_two() -> None:
+    made = problem(0)
+    own, ranks = started(made), made.allocator.prior(0.5)
+    sibling = [told(made, ranks, number) for number in range(200)]
+    sampler = sampler_of(made, siblings=[sibling] * 6)
+    groups = [t.group for t in sampler._told(own)]
+    assert [groups.count(group) for group in range(7)] == [len(own), 200, 320 - 200 - len(own), 0, 0, 0, 0]
+
+
 def test_a_pruned_trial_informs_through_its_difference_to_a_complete_one() -> None:
     made, trials = problem(0), started(problem(0), 3)
     noise = np.random.default_rng(0).standard_normal(8)
