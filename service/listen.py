@@ -12,13 +12,14 @@ import sys
 import uvicorn
 
 from ranksearch.service.app import create_app
-from ranksearch.service.logs import configure_logging
+from ranksearch.service.requests import name_request
+from ranksearch.service.store.logs import configure_logging
 from ranksearch.service.store.settings import load_settings
 
 
 def main() -> None:
     settings = load_settings()
-    configure_logging(settings.log_format)
+    configure_logging(settings.log_format).addFilter(name_request)
     if settings.log_format == "text":  # a line per request is for collectors, in a terminal it buries everything else
         logging.getLogger("ranksearch.service.requests").setLevel(logging.WARNING)
     listener = socket.socket(fileno=int(sys.argv[1]))

@@ -25,6 +25,12 @@ def request_id() -> str | None:
     return _request_id.get()
 
 
+def name_request(record: logging.LogRecord) -> bool:
+    """A filter of log records: each gets the id of the request it belongs to."""
+    record.request_id = request_id()
+    return True
+
+
 class Requests:
     """ASGI middleware: takes or makes `X-Request-ID`, logs each request, turns a crash into a 500."""
 

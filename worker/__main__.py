@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ranksearch.search.errors import RanksearchError
+from ranksearch.service.store.logs import configure_logging
 from ranksearch.service.store.settings import load_settings
 from ranksearch.worker.agent import Agent
-from ranksearch.worker.logs import configure_logging
 
 
 def main() -> int:

@@ -98,7 +98,7 @@ def _read_requests(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    from ranksearch.worker.logs import configure_logging
+    from ranksearch.service.store.logs import configure_logging
 
     configure_logging(os.environ.get("RANKSEARCH_LOG_FORMAT", "text"))
     main(sys.argv[1])

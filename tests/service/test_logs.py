@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 
-from ranksearch.service.logs import configure_logging
+from ranksearch.service.requests import name_request
+from ranksearch.service.store.logs import configure_logging
 
 pytestmark = pytest.mark.one_database
 
@@ -21,13 +22,15 @@ def _restored() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.getLogger("ranksearch").setLevel(logging.NOTSET)
+    engine = logging.getLogger("dbos")
+    engine.handlers[:], engine.propagate = [], True
 
 
 def lines(client: TestClient, monkeypatch: pytest.MonkeyPatch, log_format: str) -> list[str]:
     """What the server writes while it answers one request."""
     stderr = io.StringIO()
     monkeypatch.setattr("sys.stderr", stderr)
-    configure_logging(log_format)  # type: ignore[arg-type]
+    configure_logging(log_format).addFilter(name_request)
     client.get("/v1/jobs/job_x", headers={"X-Request-ID": "abc"})
     return stderr.getvalue().splitlines()
 
@@ -42,3 +45,16 @@ def test_json_lines_are_objects(client: TestClient, monkeypatch: pytest.MonkeyPa
 def test_text_lines_end_with_the_request(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = lines(client, monkeypatch, "text")
     assert line.endswith("GET /v1/jobs/job_x 404 [abc]")
+
+
+def test_a_worker_writes_the_same_lines_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    for log_format in ("json", "text"):
+        configure_logging(log_format)
+        logging.getLogger("dbos").warning("a step is tried again", extra={"step": 3})
+    line, text = stderr.getvalue().splitlines()
+    facts = json.loads(line)
+    assert (facts["logger"], facts["message"], facts["step"]) == ("dbos", "a step is tried again", 3)
+    assert "request_id" not in facts
+    assert text.endswith("WARNING dbos: a step is tried again")

@@ -1,4 +1,4 @@
-"""Log lines of the server: one line of text, or one JSON object, on stderr."""
+"""Log lines of server and workers: one line of text, or one JSON object, on stderr."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Final
 
-from ranksearch.service.requests import request_id
-
-_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "request_id"}
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class TextLines(logging.Formatter):
@@ -34,7 +32,6 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            "request_id": getattr(record, "request_id", None),
             **{key: value for key, value in vars(record).items() if key not in _STANDARD},
         }
         if record.exc_info:
@@ -42,15 +39,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure_logging(log_format: Literal["text", "json"]) -> None:
-    """Send log records to stderr, each with the id of the request it belongs to."""
+def configure_logging(log_format: str) -> logging.Handler:
+    """Send log records to stderr, as `text` or as `json`; returns the handler that does."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
-    handler.addFilter(_name_request)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("ranksearch").setLevel(logging.INFO)
-
-
-def _name_request(record: logging.LogRecord) -> bool:
-    record.request_id = request_id()
-    return True
+    engine = logging.getLogger("dbos")  # given a handler first, it does not bring its own
+    engine.handlers[:] = [handler]
+    engine.propagate = False
+    return handler
