@@ -102,6 +102,6 @@ def known_of(path: Callable[[str], Path], *facts: Facts) -> dict[str, str]:
         *facts: Of the stages so far.
     """
     found = {name: value for part in facts for name, value in part.items() if value}
-    model = {name: found[name] for name in ("revision", "model_fingerprint") if name in found}
-    files = {name: str(path(found[name])) for name in ("blocks", "calibration", "bank") if name in found}
-    return model | files
+    known: dict[str, str] = {name: found[name] for name in ("revision", "model_fingerprint") if name in found}
+    known |= {name: str(path(found[name])) for name in ("blocks", "calibration", "bank") if name in found}
+    return known
