@@ -19,10 +19,11 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Final
 
-from ranksearch.search.errors import InvalidSettings
+from ranksearch.search.errors import InvalidSettings, RanksearchError
 from ranksearch.service.store.settings import Settings
 
 GRACE_SECONDS: Final = 10.0
+DEVICES_SECONDS: Final = 120.0
 STEADY_SECONDS: Final = 30.0  # who ran this long has started well: the next restart comes at once
 LONGEST_PAUSE_SECONDS: Final = 30.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -60,11 +61,23 @@ def has_worker() -> bool:
 
 
 def local_devices() -> list[str]:
-    """The devices of this machine, asked of the worker in a process of its own: this one stays free of torch."""
-    answer = subprocess.run(
-        python("-m", "ranksearch.worker", "--list-devices"), capture_output=True, text=True, timeout=120, check=False
+    """The devices of this machine, asked of the worker in a process of its own: this one stays free of torch.
+
+    Raises:
+        RanksearchError: The worker does not start, or does not answer in time.
+    """
+    command = python("-m", "ranksearch.worker", "--list-devices")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=DEVICES_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer in {DEVICES_SECONDS:g} s"
+    else:
+        if answer.returncode == 0:
+            return answer.stdout.split()
+        reason = (answer.stderr.strip().splitlines() or [_how_it_ended(answer.returncode)])[-1]
+    raise RanksearchError(
+        f"no worker can list this machine's devices ({reason}); name them with --device, or serve with --no-worker"
     )
-    return answer.stdout.split() if answer.returncode == 0 and answer.stdout.strip() else ["cpu"]
 
 
 def python_environment() -> dict[str, str]:

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from ranksearch.search.errors import InvalidSettings
-from ranksearch.service.serve import Child, Supervisor, listen
+from ranksearch.search.errors import InvalidSettings, RanksearchError
+from ranksearch.service.serve import Child, Supervisor, listen, local_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +115,24 @@ def test_children_do_not_outlive_a_supervisor_that_is_killed(tmp_path: Path) -> 
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.fixture
+def broken_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that processes started from here import as torch."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT / '.ns'}")
+    file = tmp_path / "torch.py"
+    file.write_text("raise ImportError('libcudart is missing')\n")
+    return file
+
+
+def test_a_worker_that_cannot_start_is_no_cpu_worker(broken_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RanksearchError, match=r"ImportError: libcudart is missing.*--device"):
+        local_devices()
+    monkeypatch.setattr("ranksearch.service.serve.DEVICES_SECONDS", 0.5)
+    broken_torch.write_text("import time\ntime.sleep(60)\n")
+    with pytest.raises(RanksearchError, match="no answer in 0"):
+        local_devices()
 
 
 def test_a_port_in_use_names_the_way_out() -> None:
