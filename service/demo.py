@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.search.errors import InvalidSettings, ServerUnreachable
+from ranksearch.search.errors import RanksearchError, ServerUnreachable
 from ranksearch.search.spec import budget_label
 from ranksearch.service.client import Client
 from ranksearch.service.download import choose, fetch
@@ -88,7 +88,7 @@ class Demo:
         command = python("-m", "ranksearch.worker.tiny", str(self.folder), "--seconds", str(self.seconds))
         done = subprocess.run(command, env=python_environment(), preexec_fn=end_with_parent, check=False)
         if done.returncode:
-            raise InvalidSettings("the tiny model could not be trained; the reason is above")
+            raise RanksearchError("the tiny model could not be trained; the reason is above")
 
     @contextmanager
     def _service(self) -> Iterator[Client]:
@@ -161,7 +161,7 @@ class Demo:
         command = [sys.executable, "-P", "-c", LOAD, str(checkpoint), PROMPT]
         answer = subprocess.run(command, env=python_environment(), capture_output=True, text=True, check=False)
         if answer.returncode:
-            raise InvalidSettings(f"the checkpoint could not be loaded:\n{answer.stderr}")
+            raise RanksearchError(f"the checkpoint could not be loaded:\n{answer.stderr}")
         self._say(f"it writes: {answer.stdout.strip()!r}")
 
     def _show(self, client: Client, job_id: str) -> None:

@@ -135,6 +135,14 @@ def test_a_worker_that_cannot_start_is_no_cpu_worker(broken_torch: Path, monkeyp
         local_devices()
 
 
+def test_a_demo_that_fails_is_no_bad_usage(broken_torch: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ranksearch.service.cli", "demo", "--folder", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "libcudart is missing" in done.stderr
+    assert "could not be trained" in done.stderr
+
+
 def test_a_port_in_use_names_the_way_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InvalidSettings, match="--port"):
         listen("127.0.0.1", taken.getsockname()[1])
