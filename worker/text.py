@@ -62,7 +62,8 @@ def gather(
 
     Args:
         calibration: `dataset`, `sequences`, `sequence_length`, `seed`, as in the job spec.
-        evaluation: `dataset` (None: disjoint blocks of the calibration one), `sequences`, `sequence_length`, `test`.
+        evaluation: `dataset` (None, or one of the same text: disjoint blocks of the calibration one), `sequences`,
+            `sequence_length`, `test`.
         tokenizer: The model's tokenizer.
         cache_dir: Folder for downloaded datasets and token ids.
         vocabulary: Rows of the model's embedding; token ids beyond it are refused.
@@ -79,15 +80,17 @@ def gather(
         return ids, fingerprint(text), label(dataset)
 
     ids, digest, name = ids_of(calibration["dataset"])
-    own = evaluation.get("dataset")
-    wanted = 0 if own else evaluation["sequences"]
+    other = ids_of(evaluation["dataset"]) if evaluation.get("dataset") else None
+    if other is not None and other[1] == digest:
+        other = None  # the same text, however it was named: take other blocks of it
+    wanted = 0 if other else evaluation["sequences"]
     with _naming(name):
         first, following = sample(
             ids, calibration["sequences"], wanted, seed, length=length, next_length=evaluation_length
         )
     calibration_blocks = Blocks(tokens=cut(ids, length)[first], ids=tuple(first), fingerprint=digest, label=name)
-    if own:
-        ids, digest, name = ids_of(own)
+    if other is not None:
+        ids, digest, name = other
         with _naming(name):
             following, _ = sample(ids, evaluation["sequences"], 0, seed, length=evaluation_length)
     chosen = cut(ids, evaluation_length)[following]

@@ -56,6 +56,18 @@ def test_blocks_follow_the_protocol_to_the_digit(tmp_path: Path, tokenizer: Any,
     assert material.calibration.fingerprint == fingerprint(CORPUS)
 
 
+def test_evaluation_on_the_calibration_text_takes_other_blocks_of_it(tmp_path: Path, tokenizer: Any) -> None:
+    for name in ("corpus.txt", "copy.txt"):
+        (tmp_path / name).write_text(CORPUS)
+    calibration = {"dataset": from_text(tmp_path / "corpus.txt"), "sequences": 4, "sequence_length": 16, "seed": 3}
+    found = [
+        text.gather(calibration, {"dataset": dataset, "sequences": 3}, tokenizer, cache_dir=tmp_path / "cache")
+        for dataset in (None, from_text(tmp_path / "copy.txt"))
+    ]
+    assert found[0].evaluation.ids == found[1].evaluation.ids
+    assert not set(found[1].evaluation.ids) & set(found[1].calibration.ids)
+
+
 def test_the_permutation_does_not_move_with_a_release() -> None:
     first, following = text.sample(torch.zeros(80, dtype=torch.long), 4, 3, 0, length=8)
     assert (first, following) == ([4, 6, 2, 7], [3, 5, 9])
