@@ -20,7 +20,7 @@ NUMERICS = (
     *("linalg", "covariance", "calibrate", "bank", "prefix", "evaluate", "spill", "targets"),
     *("checkpoint", "loading", "speed"),
 )
-NUMERICS_MAY = {"torch", "transformers", "numpy", "safetensors", "ranksearch", "psutil", *sys.stdlib_module_names}
+NUMERICS_MAY = {"torch", "transformers", "numpy", "safetensors", "ranksearch", *sys.stdlib_module_names}
 
 
 def modules_imported_by(path: Path, *, lazily: bool = True) -> Iterator[str]:

@@ -89,13 +89,12 @@ class FactorBank:
         )
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", *, mmap: bool = True) -> FactorBank:
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> FactorBank:
         """Reads what `save` wrote.
 
         Args:
             path: The file.
-            device: Where the factors go.
-            mmap: On the CPU, leave the factors in the file, shared between processes; false copies them into memory.
+            device: Where the factors go; on the CPU they stay in the file, shared between processes.
         """
         parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
         with safe_open(str(path), framework="pt") as file:
@@ -106,7 +105,7 @@ class FactorBank:
                 if part == "spectra":
                     parts[part][name] = tensor.numpy().copy()
                 else:
-                    parts[part][name] = tensor.to(device, copy=not mmap)
+                    parts[part][name] = tensor.to(device)
         return cls(metric=header["metric"], facts=header["facts"], **parts)
 
 
