@@ -56,34 +56,40 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def new_machine(
+@pytest.fixture(scope="session", params=DATABASES)
+def machine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, material: Path
-) -> Iterator[Callable[[str], Machine]]:
-    """Makes machines on either kind of database."""
-    machines: list[Machine] = []
-
-    def make(database: str) -> Machine:
-        folder = tmp_path_factory.mktemp("machine")
-        url = "" if database == "sqlite" else _new_database(request.getfixturevalue("postgres_url"))
-        settings = load_settings(
-            data_dir=folder, database_url=url, allowed_paths=(material,), worker_ttl_seconds=TTL_SECONDS
-        )
-        engine = open_database(settings)
-        migrate(engine)
-        engine.dispose()
-        machines.append(Machine(settings))
-        return machines[-1]
-
-    yield make
-    for machine in machines:
-        machine.close()
+) -> Iterator[Machine]:
+    """One machine for all tests, on SQLite and then on PostgreSQL."""
+    url = "" if request.param == "sqlite" else _new_database(request.getfixturevalue("postgres_url"))
+    settings = load_settings(
+        data_dir=tmp_path_factory.mktemp("machine"),
+        database_url=url,
+        allowed_paths=(material,),
+        worker_ttl_seconds=TTL_SECONDS,
+    )
+    engine = open_database(settings)
+    migrate(engine)
+    engine.dispose()
+    machine = Machine(settings)
+    yield machine
+    machine.close()
 
 
-@pytest.fixture(scope="module", params=DATABASES)
-def machine(request: pytest.FixtureRequest, new_machine: Callable[[str], Machine]) -> Machine:
-    """One machine for all tests of a module, on SQLite and on PostgreSQL."""
-    return new_machine(str(request.param))
+@pytest.fixture(scope="session")
+def worker(machine: Machine) -> Machine:
+    """The machine with one worker, which is shared because it takes seconds to start."""
+    machine.start("one")
+    machine.ready("one")
+    return machine
+
+
+@pytest.fixture(scope="session")
+def done(worker: Machine, spec: Callable[..., JobSpec]) -> str:
+    """A job of two budgets that has succeeded, the first on its machine."""
+    job_id = worker.submit(spec(kept=[0.5, 0.3], search={"sampler": "ranksearch"}))
+    worker.succeeded(job_id)
+    return job_id
 
 
 @pytest.fixture(scope="session")

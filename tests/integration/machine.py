@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Machine:
-    """Everything one test module needs; workers are ended by `close`."""
+    """Everything the tests on one database need; workers are ended by `close`."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -16,27 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import ranksearch.worker.loading
 from ranksearch.search.spec import JobSpec
+from ranksearch.service.store.jobs import Job
 from tests.integration.machine import Machine
 
 Spec = Callable[..., JobSpec]
 #: For what has nothing to do with the kind of database.
 on_sqlite = pytest.mark.parametrize("machine", ["sqlite"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def worker(machine: Machine) -> Machine:
-    """The machine with one worker."""
-    machine.start("one")
-    machine.ready("one")
-    return machine
-
-
-@pytest.fixture(scope="module")
-def done(worker: Machine, spec: Spec) -> str:
-    """A job of two budgets that has succeeded."""
-    job_id = worker.submit(spec(kept=[0.5, 0.3], search={"sampler": "ranksearch"}))
-    worker.succeeded(job_id)
-    return job_id
 
 
 def _folder(machine: Machine, job_id: str, kept: str, folder: Path) -> Path:
@@ -64,6 +49,9 @@ def test_the_report_is_the_checkpoints_own(worker: Machine, done: str) -> None:
     report = worker.jobs.report(done)
     assert report is not None
     assert [budget["kept"] for budget in report["budgets"]] == [0.5, 0.3]
+    ids = report["fingerprints"]["sequence_ids"]
+    assert len(set(ids["calibration"] + ids["evaluation"])) == 32
+    assert ids["test/text.txt"] == list(range(8))
     for budget, checkpoint in zip(report["budgets"], worker.checkpoints.of(done), strict=True):
         scores = budget["scores"]
         assert set(scores) == {"dense", "uniform", "prior", "best", "final"}
@@ -205,12 +193,14 @@ def test_a_killed_device_process_is_replaced(worker: Machine, spec: Spec) -> Non
 def test_a_device_process_that_dies_again_and_again_fails_the_job(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(trials=5000))
     worker.wait_for_trials(job_id, 1)
-    while not worker.jobs.get(job_id).over:
-        device = worker.device_of("one")
-        if device is not None:
+
+    def kill_until_over() -> Job | None:
+        if (device := worker.device_of("one")) is not None:
             device.kill()
-        time.sleep(0.05)
-    job = worker.jobs.get(job_id)
+        job = worker.jobs.get(job_id)
+        return job if job.over else None
+
+    job = worker.wait(kill_until_over, 60, "the end of a job whose device dies")
     assert job.status == "failed"
     assert job.error is not None
     assert job.error["code"] == "device_died"

@@ -24,11 +24,10 @@ def _other(name: str) -> str:
     return {"one": "two", "two": "one"}[name]
 
 
-def test_a_killed_worker_goes_on_where_it_was(machine: Machine, spec: Spec) -> None:
+def test_a_killed_worker_goes_on_where_it_was(worker: Machine, spec: Spec) -> None:
+    machine = worker
     sampler = "random" if machine.settings.database_url else "ranksearch"  # one database is enough for the slow one
     wanted = spec(trials=TRIALS, search={"sampler": sampler, "pruner": "wilcoxon"})
-    machine.start("one")
-    machine.ready("one")
     undisturbed = machine.submit(wanted)
     machine.succeeded(undisturbed)
 

@@ -1,30 +1,16 @@
-"""The Optuna dashboard behind our guard, up to what a person sees."""
+"""The Optuna dashboard behind our guard; what a person sees is in `tests/integration`."""
 
 from __future__ import annotations
 
 import gzip
-import shutil
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import httpx
 import optuna
 import pytest
 from fastapi.testclient import TestClient
 
-from ranksearch.service.context import Context, open_context
-from ranksearch.service.store.settings import Settings
+from ranksearch.service.context import Context
 
 from .studies import run_study
-
-ARTIFACTS = Path(__file__).parents[2] / "test-artifacts"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
-)
 
 pytestmark = pytest.mark.one_database
 
@@ -75,42 +61,3 @@ def test_large_answers_are_compressed(client: TestClient, study_id: int) -> None
     assert len(gzip.decompress(raw)) > 2 * len(raw)
     del client.headers["accept-encoding"]
     assert client.get("/static/bundle.js").status_code == 200
-
-
-def browse(url: str, profile: Path, *options: str) -> str:
-    """Let Chromium render a page; returns what it prints."""
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "--virtual-time-budget=20000", *options, url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_finished_study_is_seen_in_a_browser(
-    serve: Callable[[Settings], str], settings: Settings, body: dict[str, Any], tmp_path: Path
-) -> None:
-    url = serve(settings)
-    job = httpx.post(f"{url}/v1/jobs", json=body).json()
-    context = open_context(settings)
-    study = run_study(context.studies, job["id"], kept=0.5, trials=12)
-    context.jobs.set_running(job["id"], "w")
-    context.jobs.succeed(job["id"])
-    context.close()
-    page = httpx.get(job["links"]["self"]).json()["links"]["dashboard"]
-    best = min(row["score"] for row in study.history())
-
-    listed = browse(f"{url}/dashboard/", tmp_path / "first", "--dump-dom")
-    assert f"{job['id']}/0.5" in listed
-
-    rendered = browse(page, tmp_path / "second", "--dump-dom")
-    assert f"{job['id']}/0.5" in rendered
-    assert "Best Trial" in rendered
-    assert f"{best:.4f}"[:6] in rendered
-    assert "History" in rendered
-    assert "js-plotly-plot" in rendered
-
-    ARTIFACTS.mkdir(exist_ok=True)
-    picture = ARTIFACTS / "dashboard.png"
-    picture.unlink(missing_ok=True)
-    browse(page, tmp_path / "third", f"--screenshot={picture}", "--window-size=1400,1600")
-    assert picture.stat().st_size > 30_000
