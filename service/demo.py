@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ranksearch.search.errors import RanksearchError, ServerUnreachable
 from ranksearch.search.spec import budget_label
-from ranksearch.service.client import Client
+from ranksearch.service.client import FINISHED, Client
 from ranksearch.service.download import choose, fetch
 from ranksearch.service.figures import duration, number, size
 from ranksearch.service.plot import plot_search
@@ -140,6 +140,9 @@ class Demo:
         }
 
     def _submit(self, client: Client) -> dict[str, Any]:
+        for old in client.jobs():  # of a demo that was interrupted: the folder is ours
+            if old["status"] not in FINISHED:
+                client.cancel(old["id"])
         (self.folder / "spec.json").write_text(json.dumps(self.spec(), indent=2) + "\n")
         job = client.submit(self.spec())
         self._say(f"POST {client.url}/v1/jobs  with {self._short(self.folder / 'spec.json')}  ->  {job['id']}")
