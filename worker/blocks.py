@@ -21,7 +21,8 @@ def save_blocks(material: Material, path: str | Path) -> dict[str, Any]:
     """Write all blocks.
 
     Returns:
-        For `calibration`, `evaluation` and each `test/<label>`: label, sizes, and hashes of text, tokens and block ids.
+        For `calibration`, `evaluation` and each `test/<label>`: label, sizes, hashes of text and tokens, and the ids of
+        the blocks: their places among all blocks of the text.
     """
     parts = {CALIBRATION: material.calibration, EVALUATION: material.evaluation}
     parts |= {f"{TEST}{blocks.label}": blocks for blocks in material.test}
@@ -34,7 +35,7 @@ def save_blocks(material: Material, path: str | Path) -> dict[str, Any]:
             "tokens": content_hash(tensors[name].numpy().tobytes()),
             "sequences": tensors[name].shape[0],
             "sequence_length": tensors[name].shape[1],
-            "ids": content_hash(json.dumps(blocks.ids).encode()),
+            "ids": list(blocks.ids),
         }
         for name, blocks in parts.items()
     }

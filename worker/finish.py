@@ -90,6 +90,7 @@ def _fingerprints(prepared: Facts) -> dict[str, Any]:
         "model": prepared["model_fingerprint"],
         "dataset": {name: blocks["dataset"] for name, blocks in text.items()},
         "sequences": {name: blocks["tokens"] for name, blocks in text.items()},
+        "sequence_ids": {name: blocks["ids"] for name, blocks in text.items()},
     }
 
 
