@@ -17,13 +17,6 @@ RESULT = "result"
 """The trial's user attribute with everything but the score that telling it brought."""
 SPACE = "ranksearch:space"
 """The study's system attribute with the table of targets."""
-_STATES = {
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
 
 
 def study_name(job_id: str, kept: float) -> str:
@@ -35,9 +28,9 @@ def trials_of(storage: BaseStorage | str, job_id: str, kept: float) -> list[dict
     """The trials of one job and budget as JSON-serializable rows, in the order of their numbers.
 
     Returns:
-        Rows with `number`, `state` (running, complete, pruned, failed), `origin`, `kept` (exact), `score`, `scores`,
-        `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`, `worker`, `error`; empty when
-        there is no such study yet.
+        Rows with `number`, `state` (Optuna's: RUNNING, COMPLETE, PRUNED, FAIL), `origin`, `kept` (exact), `score`,
+        `scores`, `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`, `worker`, `error`; empty
+        when there is no such study yet.
     """
     storage = optuna.storages.get_storage(storage)
     try:
@@ -66,7 +59,7 @@ def row(trial: FrozenTrial) -> dict[str, Any]:
     complete = trial.state == TrialState.COMPLETE
     return {
         "number": trial.number,
-        "state": _STATES[trial.state],
+        "state": trial.state.name,
         "origin": trial.user_attrs.get("origin"),
         "kept": trial.user_attrs.get("kept"),
         "score": trial.value if complete else None,

@@ -28,7 +28,7 @@ def plot_search(report: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> None:
-    trials = [t for t in budget["history"] if t.get("score") is not None and t["state"].lower() == "complete"]
+    trials = [t for t in budget["history"] if t.get("score") is not None and t["state"] == "COMPLETE"]
     numbers, scores = [t["number"] for t in trials], [t["score"] for t in trials]
     axes.plot(numbers, scores, "o", color=colour, alpha=0.55, markersize=4.5, label="trial")
     axes.step(numbers, list(accumulate(scores, min)), where="post", color=colour, linewidth=1.8, label="best so far")

@@ -80,13 +80,13 @@ class Progress:
         budget = self._budget(data)
         budget.finished += 1
         score, origin = data.get("score"), str(data.get("origin") or "search")
-        state = str(data.get("state") or "complete").lower()
+        state = data["state"]
         if score is not None and origin in ("prior", "uniform"):
             budget.scores[origin] = score
-        if score is not None and state == "complete" and (budget.best is None or score < budget.best):
+        if score is not None and state == "COMPLETE" and (budget.best is None or score < budget.best):
             budget.best, budget.best_trial = score, data.get("number")
         kind = f" {origin}" if origin != "search" else ""
-        outcome = f"{self.objective} {number(score)}" if state == "complete" else state
+        outcome = f"{self.objective} {number(score)}" if state == "COMPLETE" else state.lower()
         best = f", best {number(budget.best)}" if budget.best is not None else ""
         done = f"{budget.finished}/{self.trials}"
         return f"trial {done:<7} kept {budget_label(float(data['kept']))}{kind}: {outcome}{best}"

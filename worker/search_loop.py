@@ -128,7 +128,7 @@ class _Search:
 
     def _announce_missed(self) -> None:
         """Tell of trials that a worker finished and then died before it said so."""
-        done = [row["number"] for row in self._study.history() if row["state"] not in ("running", "waiting")]
+        done = [row["number"] for row in self._study.history() if row["state"] not in ("RUNNING", "WAITING")]
         if done:
             told = self._run.told_trials(self._study.kept)
             for number in done:
@@ -145,7 +145,7 @@ class _Search:
             if row[key] is not None
         }
         run.tell("trial", **{"kept": study.kept, **shown, "scores": row["scores"]})
-        complete = [row for row in rows if row["state"] == "complete"]
+        complete = [row for row in rows if row["state"] == "COMPLETE"]
         if complete:
             best = min(complete, key=lambda row: (row["score"], row["number"]))
             run.set_best(study.kept, best["score"], best["number"])

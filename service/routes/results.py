@@ -22,7 +22,7 @@ class TrialAnswer(BaseModel):
 
     budget: float = Field(description="The budget whose study this is.")
     number: int
-    state: str = Field(description="running, waiting, complete, pruned, failed")
+    state: str = Field(description="Optuna's: RUNNING, WAITING, COMPLETE, PRUNED, FAIL")
     origin: str | None = Field(description="prior, uniform or search")
     kept: float | None = Field(description="Exactly kept.")
     score: float | None

@@ -37,7 +37,7 @@ def test_each_budget_gets_a_study_and_a_checkpoint(worker: Machine, done: str, t
     assert set(job.best) == {"0.5", "0.3"}
     for kept in (0.5, 0.3):
         rows = worker.trials(done, kept)
-        assert [row["state"] for row in rows] == ["complete"] * 4
+        assert [row["state"] for row in rows] == ["COMPLETE"] * 4
         assert [row["origin"] for row in rows][:2] == ["prior", "uniform"]
         assert all(row["kept"] <= kept for row in rows)
     assert [checkpoint.kept for checkpoint in worker.checkpoints.of(done)] == ["0.5", "0.3"]
@@ -119,7 +119,7 @@ def test_a_cancelled_job_stops_at_once_and_keeps_its_study(worker: Machine, spec
     assert job.status == "cancelled"
     assert time.monotonic() - begun < 2
     assert worker.device_of("one") == device  # it was between two parts of a trial: no need to kill it
-    assert len([row for row in worker.trials(job_id, 0.5) if row["state"] == "complete"]) >= 3
+    assert len([row for row in worker.trials(job_id, 0.5) if row["state"] == "COMPLETE"]) >= 3
 
 
 def test_a_job_that_waits_can_be_cancelled(worker: Machine, spec: Spec) -> None:

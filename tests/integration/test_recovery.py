@@ -34,7 +34,7 @@ def test_a_killed_worker_goes_on_where_it_was(worker: Machine, spec: Spec) -> No
     killed = machine.submit(wanted)
     machine.wait_for_trials(killed, 3)
     machine.kill("one")
-    before = [row for row in machine.trials(killed, 0.5) if row["state"] != "running"]
+    before = [row for row in machine.trials(killed, 0.5) if row["state"] != "RUNNING"]
     assert 3 <= len(before) < TRIALS
     machine.start("one")
     machine.succeeded(killed)

@@ -85,7 +85,7 @@ def test_a_killed_search_gives_the_vectors_of_an_undisturbed_one(
         tell(again, second.number, second.ranks)
     rows = trials_of(open_storage(), "job_a", 0.4)
     assert [row["ranks"] for row in rows] == undisturbed
-    assert {row["state"] for row in rows} == {"complete"}
+    assert {row["state"] for row in rows} == {"COMPLETE"}
 
 
 def test_parallel_asks_give_different_vectors_and_never_the_same_trial() -> None:
@@ -120,7 +120,7 @@ def test_rows_carry_what_the_api_shows(open_storage: Callable[[], optuna.storage
     study.tell_failed(2, "out of memory")
     rows = trials_of(open_storage(), "job_a", 0.4)
     assert json.loads(json.dumps(rows)) == rows
-    assert [row["state"] for row in rows] == ["complete", "complete", "failed"]
+    assert [row["state"] for row in rows] == ["COMPLETE", "COMPLETE", "FAIL"]
     assert rows[0]["score"] == rows[0]["scores"]["perplexity"] == score(SPACE.unpack(rows[0]["ranks"]))
     assert (rows[0]["seconds"], rows[0]["worker"], rows[0]["intermediate"]) == (0.5, "host:cpu", {"0": 2.5})
     assert rows[2]["error"] == "out of memory"
@@ -145,7 +145,7 @@ def test_a_failed_vector_is_not_tried_again() -> None:
         else:
             tell(study, proposal.number, proposal.ranks)
     rows = study.history()
-    assert [row["state"] for row in rows] == ["complete", "failed"] * 4
+    assert [row["state"] for row in rows] == ["COMPLETE", "FAIL"] * 4
     assert len({row["ranks"] for row in rows}) == 8
     assert study.finished == 8
 
@@ -180,7 +180,7 @@ def test_clearly_worse_trials_are_pruned_but_never_the_first_two() -> None:
     better = study.ask()
     assert better is not None
     assert not any(study.report(better.number, s, 3 + 0.1 * noise[s] + 0.5) for s in range(8))
-    assert study.history()[2]["state"] == "pruned"
+    assert study.history()[2]["state"] == "PRUNED"
     assert study.history()[2]["score"] is None
 
 

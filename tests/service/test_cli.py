@@ -56,7 +56,7 @@ def finish(jobs: Jobs, job_id: str) -> None:
     jobs.add_event(job_id, "calibration.cache_hit", {"fingerprint": "f"})
     jobs.set_stage(job_id, "search")
     for trial in ({"number": 0, "origin": "prior", "score": 30.5}, {"number": 1, "origin": "uniform", "score": 41.0}):
-        jobs.add_event(job_id, "trial", {"kept": 0.5, "state": "complete", **trial})
+        jobs.add_event(job_id, "trial", {"kept": 0.5, "state": "COMPLETE", **trial})
     jobs.set_best(job_id, 0.5, 30.5, 0)
     jobs.succeed(job_id)
 
@@ -257,7 +257,7 @@ def test_watch_survives_events_it_does_not_know() -> None:
     from ranksearch.service.client import Event
 
     assert progress.tell(Event(id=1, kind="new_thing", data={"depth": 3, "time": "x"})) == "new thing: depth 3"
-    pruned = Event(id=2, kind="trial", data={"number": 5, "kept": 0.5, "state": "pruned"})
+    pruned = Event(id=2, kind="trial", data={"number": 5, "kept": 0.5, "state": "PRUNED"})
     assert progress.tell(pruned) == "trial 1/2     kept 0.5: pruned"
 
 

@@ -50,7 +50,7 @@ def test_trials_come_from_the_studies(client: TestClient, context: Context, job:
     assert set(first["ranks"]) == {target.name for target in SPACE.targets}
     assert SPACE.kept(SPACE.from_dict(first["ranks"])) == pytest.approx(first["kept"])
     assert first["kept"] <= 0.5
-    assert (first["state"], first["worker"]) == ("complete", "host:cpu")
+    assert (first["state"], first["worker"]) == ("COMPLETE", "host:cpu")
     assert first["score"] == first["scores"]["perplexity"]
     assert first["seconds"] == 1.5
 

@@ -56,7 +56,7 @@ def budget(kept: float = 0.7) -> dict[str, Any]:
             "after": {"prefill_tokens_per_second": 900.0, "decode_tokens_per_second": 45.0, "prompt_tokens": 512},
         },
         seconds={"search": 1.5},
-        history=[{"number": 0, "score": 13.0, "kept": kept, "origin": "prior", "seconds": 0.1, "state": "complete"}],
+        history=[{"number": 0, "score": 13.0, "kept": kept, "origin": "prior", "seconds": 0.1, "state": "COMPLETE"}],
     )
 
 
