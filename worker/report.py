@@ -44,7 +44,7 @@ def build_report(
     Args:
         job: The job's id.
         spec: Its spec.
-        fingerprints: `model`, `dataset`, `sequences`; the versions of the libraries are added.
+        fingerprints: `model`, `dataset`, `sequences`, `sequence_ids`; the versions of the libraries are added.
         budgets: One `build_budget` each.
     """
     document: dict[str, Any] = _plain(
@@ -250,7 +250,7 @@ def _origin(report: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
     spec, fingerprints = report["spec"], report["fingerprints"]
     calibration, method, search = spec["calibration"], spec["method"], spec["search"]
     versions = ", ".join(f"{name} {version}" for name, version in fingerprints["libraries"].items())
-    done = sum(1 for trial in budget["history"] if str(trial.get("state", "")).lower() == "complete")
+    done = sum(1 for trial in budget["history"] if trial["state"] == "COMPLETE")
     return [
         "## Origin",
         "",
