@@ -19,7 +19,7 @@ from ranksearch.service.store.settings import load_settings
 from tests.conftest import DATABASES
 from tests.integration.machine import Machine
 
-TTL_SECONDS = 3.0
+TTL_SECONDS = 6.0
 
 
 @pytest.fixture(scope="session")

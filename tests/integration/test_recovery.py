@@ -65,9 +65,9 @@ def test_others_take_over_from_a_worker_that_stops_or_freezes(machine: Machine, 
     job_id = machine.submit(spec(trials=24))
     stopped = machine.wait_for_trials(job_id, 2)
     machine.processes[stopped].send_signal(signal.SIGTERM)
-    assert machine.processes[stopped].wait(10) == 0
+    assert machine.processes[stopped].wait(30) == 0
     frozen = _other(stopped)
-    machine.wait(lambda: machine.jobs.get(job_id).worker == f"{frozen}:cpu" or None, 20, "the hand-over")
+    machine.wait(lambda: machine.jobs.get(job_id).worker == f"{frozen}:cpu" or None, 90, "the hand-over")
     machine.wait_for_trials(job_id, len(machine.events(job_id, "trial")) + 2)
 
     machine.processes[frozen].send_signal(signal.SIGSTOP)
@@ -78,7 +78,7 @@ def test_others_take_over_from_a_worker_that_stops_or_freezes(machine: Machine, 
     assert any("fell silent" in event.data["message"] for event in machine.events(job_id, "warning"))
 
     machine.processes[frozen].send_signal(signal.SIGCONT)
-    machine.wait(lambda: "starts afresh" in machine.log(frozen) or None, 20, "the awakening")
+    machine.wait(lambda: "starts afresh" in machine.log(frozen) or None, 90, "the awakening")
     machine.ready(frozen)
     assert machine.jobs.get(job_id).status == "succeeded"
 
