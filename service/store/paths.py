@@ -133,7 +133,9 @@ def _check_files(names: Sequence[str], settings: Settings) -> None:
     if len(patterns) > MAX_PATTERNS:
         raise DatasetError(f"data_files holds {len(patterns)} patterns; {MAX_PATTERNS} are allowed")
     for name in names:
-        resolve_allowed(_fixed_part(name), settings)
+        real = resolve_allowed(_fixed_part(name), settings)
+        if name not in patterns and not real.is_file():
+            raise DatasetError(f"{name} is {'a folder; name its files' if real.is_dir() else 'no file'}", file=name)
         if name in patterns and ".." in Path(name).parts:
             raise PathNotAllowed(f"{name}: a pattern may not climb", path=name)
     for folder in {_fixed_part(name) for name in patterns if "**" in name}:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -85,6 +87,24 @@ class Machine:
         """`kill -9`, and wait until it is gone."""
         self.processes[name].kill()
         self.processes[name].wait(10)
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP, but not in the middle of a write: SQLite has one writer, and a frozen one holds up everybody."""
+        self.processes[name].send_signal(signal.SIGSTOP)
+        while not self._writable():
+            self.processes[name].send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+            self.processes[name].send_signal(signal.SIGSTOP)
+
+    def _writable(self) -> bool:
+        if self.engine.dialect.name != "sqlite":
+            return True
+        with contextlib.closing(sqlite3.connect(str(self.engine.url.database), timeout=1)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+        return True
 
     def submit(self, spec: JobSpec) -> str:
         """Put a job into the queue."""

@@ -113,7 +113,9 @@ def test_datasets_read_allowed_files_only(settings: Settings, allowed: Path, tmp
     assert check(settings, path="text", data_files=f"{allowed}/**/*.txt") is None
     (allowed / "link.txt").symlink_to(tmp_path / "secret.txt")
     assert check(settings, path="text", data_files=f"{allowed}/a.txt") is None
-    assert check(settings, path="json", data_files=[f"{allowed}/a*", f"{allowed}/b.json"]) is None
+    assert check(settings, path="json", data_files=[f"{allowed}/a*", f"{allowed}/a.txt"]) is None
+    assert check(settings, path="text", data_files=f"{allowed}/missing.txt") is DatasetError
+    assert check(settings, path="text", data_files=f"{allowed}/folder") is DatasetError
     assert check(settings, path="org/corpus", name="en", data_files="en/*.json.gz") is None
     assert check(settings, path=str(allowed / "folder"), data_files=["*.txt", "b.txt"]) is None
     refused = [
