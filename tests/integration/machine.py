@@ -90,11 +90,14 @@ class Machine:
 
     def freeze(self, name: str) -> None:
         """SIGSTOP, but not in the middle of a write: SQLite has one writer, and a frozen one holds up everybody."""
-        self.processes[name].send_signal(signal.SIGSTOP)
-        while not self._writable():
-            self.processes[name].send_signal(signal.SIGCONT)
-            time.sleep(0.05)
-            self.processes[name].send_signal(signal.SIGSTOP)
+        process = self.processes[name]
+        while True:
+            process.send_signal(signal.SIGSTOP)
+            self.wait(lambda: _stopped(process.pid) or None, 30, f"{name} to freeze")
+            if self._writable():
+                return
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
 
     def _writable(self) -> bool:
         if self.engine.dialect.name != "sqlite":
@@ -162,3 +165,9 @@ class Machine:
                 process.wait(10)
         self.queue.close()
         self.engine.dispose()
+
+
+def _stopped(pid: int) -> bool:
+    """Whether every thread of a process has come to a halt, which takes a moment after the signal."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
