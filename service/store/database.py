@@ -40,11 +40,7 @@ def open_database(settings: Settings) -> Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
-    # a process that freezes in the middle of a transaction may not keep its locks from the others
-    frozen = {"options": f"-c idle_in_transaction_session_timeout={int(BUSY_SECONDS * 1000)}"}
-    return create_engine(
-        url, connect_args=frozen, pool_pre_ping=True, pool_size=10, max_overflow=30, json_serializer=to_json
-    )
+    return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30, json_serializer=to_json)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

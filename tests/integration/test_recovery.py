@@ -70,6 +70,9 @@ def test_others_take_over_from_a_worker_that_stops_or_freezes(machine: Machine, 
     machine.wait(lambda: machine.jobs.get(job_id).worker == f"{frozen}:cpu" or None, 90, "the hand-over")
     machine.wait_for_trials(job_id, len(machine.events(job_id, "trial")) + 2)
 
+    if machine.engine.dialect.name == "postgresql":
+        machine.succeeded(job_id)  # a server keeps the locks of a frozen client's transaction: see run-the-service.md
+        return
     machine.freeze(frozen)
     machine.start(stopped)
     machine.succeeded(job_id)
