@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from ranksearch.search.spec import JobSpec
 from ranksearch.worker.attempts import MAX_DEATHS, deaths
 from tests.integration.machine import Machine
@@ -59,24 +61,27 @@ def test_a_second_worker_of_the_same_name_is_refused(machine: Machine) -> None:
     assert first.poll() is None
 
 
-def test_others_take_over_from_a_worker_that_stops_or_freezes(machine: Machine, spec: Spec) -> None:
+def test_others_take_over_from_a_worker_that_stops(machine: Machine, spec: Spec) -> None:
     machine.start("two")
     machine.ready("two")
     job_id = machine.submit(spec(trials=24))
     stopped = machine.wait_for_trials(job_id, 2)
     machine.processes[stopped].send_signal(signal.SIGTERM)
     assert machine.processes[stopped].wait(30) == 0
-    frozen = _other(stopped)
-    machine.wait(lambda: machine.jobs.get(job_id).worker == f"{frozen}:cpu" or None, 90, "the hand-over")
-    machine.wait_for_trials(job_id, len(machine.events(job_id, "trial")) + 2)
-
-    if machine.engine.dialect.name == "postgresql":
-        machine.succeeded(job_id)  # a server keeps the locks of a frozen client's transaction: see run-the-service.md
-        return
-    machine.freeze(frozen)
-    machine.start(stopped)
     machine.succeeded(job_id)
-    assert machine.jobs.get(job_id).worker == f"{stopped}:cpu"
+    assert machine.jobs.get(job_id).worker == f"{_other(stopped)}:cpu"
+    assert [event.data["number"] for event in machine.events(job_id, "trial")] == list(range(24))
+    machine.start(stopped)
+    machine.ready(stopped)
+
+
+@pytest.mark.slow  # a process frozen inside a transaction keeps its locks, and the wait for them is long and varies
+def test_others_take_over_from_a_worker_that_freezes(machine: Machine, spec: Spec) -> None:
+    job_id = machine.submit(spec(trials=24))
+    frozen = machine.wait_for_trials(job_id, 2)
+    machine.freeze(frozen)
+    machine.succeeded(job_id)
+    assert machine.jobs.get(job_id).worker == f"{_other(frozen)}:cpu"
     assert [event.data["number"] for event in machine.events(job_id, "trial")] == list(range(24))
     assert any("fell silent" in event.data["message"] for event in machine.events(job_id, "warning"))
 
