@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torch's waiting threads sleep instead of spinning, which is what a machine with other work needs
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo test lint clean
 .DEFAULT_GOAL := install
