@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-Kept = Annotated[float, Field(gt=0, le=1, description="Kept parameters of the targets / their original parameters.")]
+
+def _share(kept: float) -> float:
+    if not 0 < kept <= 1:
+        raise ValueError(f"a budget is the share of the parameters to keep, above 0 and at most 1; got {kept:g}")
+    return kept
+
+
+Kept = Annotated[
+    float,
+    AfterValidator(_share),
+    Field(
+        description="Kept parameters of the targets / their original parameters.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+    ),
+]
 Positive = Annotated[int, Field(ge=1)]
 
 

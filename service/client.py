@@ -116,6 +116,9 @@ class Client:
     def report(self, job_id: str) -> JSON:
         return self._json("GET", f"/v1/jobs/{_part(job_id)}/report")
 
+    def workers(self) -> list[JSON]:
+        return list(self._pages("/v1/workers", None))
+
     def checkpoints(self, job_id: str) -> list[JSON]:
         return list(self._pages(f"/v1/jobs/{_part(job_id)}/checkpoints", None))
 
@@ -239,6 +242,8 @@ def refusal(response: httpx.Response) -> RequestRefused | ServerUnreachable:
     if not isinstance(problem, dict):
         problem = {"status": response.status_code, "detail": f"{response.request.url} answers {response.status_code}."}
     detail = str(problem.get("detail") or problem.get("title") or f"The server answers {response.status_code}.")
+    if response.status_code == 401:
+        detail += ". The commands read the token from RANKSEARCH_TOKEN."
     kind = ServerUnreachable if response.status_code >= 500 else RequestRefused
     return kind(detail, problem=problem)
 

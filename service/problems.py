@@ -93,7 +93,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RanksearchError)
     def _ours(_request: Request, error: RanksearchError) -> JSONResponse:
         if error.status >= 500:
-            log.error("%s", error.message, exc_info=error)
+            log.error("%s", error.message, exc_info=error.__cause__)
         return of_error(error)
 
     @app.exception_handler(RequestValidationError)

@@ -20,6 +20,7 @@ from ranksearch.service.client import FINISHED, JSON, Client, Event
 from ranksearch.service.figures import duration, number
 
 REFRESH_SECONDS: Final = 1.0
+LONELY_SECONDS: Final = 5.0  # a job that waits longer may wait for a worker that nobody has started
 
 
 @dataclass(kw_only=True)
@@ -137,12 +138,15 @@ def _loop(
     console: Console,
     live: Live | None,
 ) -> JSON:
-    asked = time.monotonic()
+    began = asked = time.monotonic()
+    looked = False
     while True:
         try:
             event = events.get(timeout=REFRESH_SECONDS)
         except Empty:
-            pass
+            if not looked and time.monotonic() - began >= LONELY_SECONDS:
+                looked = True
+                _warn_without_worker(client, job["id"], console)
         else:
             if isinstance(event, BaseException):
                 raise event
@@ -153,6 +157,12 @@ def _loop(
             job, asked = client.job(job["id"]), time.monotonic()
         if live:
             live.update(_picture(job, progress))
+
+
+def _warn_without_worker(client: Client, job_id: str, console: Console) -> None:
+    if client.job(job_id)["status"] == "queued" and not any(worker["alive"] for worker in client.workers()):
+        line = "warning: no worker is running, so the job waits; start one with `ranksearch worker`"
+        console.print(Text(f"  {line}", style="yellow"), soft_wrap=True)
 
 
 def _read(client: Client, job_id: str, events: SimpleQueue[Event | BaseException | None]) -> None:

@@ -61,6 +61,19 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
     return tuple(targets)
 
 
+def block_stack(model: nn.Module) -> list[str]:
+    """Module paths of the decoder blocks of a model with one stack of them, in order.
+
+    Raises:
+        UnsupportedModel: There is no such stack, or more than one.
+    """
+    stacks = _stacks(model)
+    if len(stacks) != 1:
+        raise UnsupportedModel(f"{type(model).__name__} has {len(stacks)} stacks of blocks; one is needed here.")
+    ((path, stack),) = stacks.items()
+    return [f"{path}.{depth}" for depth in range(len(stack))]
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuses a model with NaN or infinite parameters.
 

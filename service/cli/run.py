@@ -56,6 +56,9 @@ def serve(
     if not settings.allowed_paths:
         settings = settings.model_copy(update={"allowed_paths": (Path.cwd(),)})
         say(f"models and texts may be read from {Path.cwd()} (RANKSEARCH_ALLOWED_PATHS names other folders)")
+    for path in settings.allowed_paths:
+        if not path.exists():
+            say(f"warning: RANKSEARCH_ALLOWED_PATHS names {path}, which is not there")
     listener = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     command = python("-m", "ranksearch.service.listen", str(listener.fileno()))

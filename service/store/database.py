@@ -20,7 +20,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 
 from ranksearch.search.errors import InvalidSettings
-from ranksearch.service.store.queue import migrate_queue
+from ranksearch.service.store.queue import IDLE_TRANSACTION_SECONDS, migrate_queue
 from ranksearch.service.store.settings import Settings
 
 VERSION_TABLE: Final = "ranksearch_version"
@@ -40,7 +40,9 @@ def open_database(settings: Settings) -> Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
-    return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30, json_serializer=to_json)
+    engine = create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30, json_serializer=to_json)
+    event.listen(engine, "connect", _prepare_postgres)
+    return engine
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -48,6 +50,11 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _prepare_postgres(connection: Any, _record: object) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(IDLE_TRANSACTION_SECONDS * 1000)}")
+    connection.commit()  # or the rollback with which a connection goes back to the pool takes the setting along
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -99,7 +106,11 @@ def optuna_storage(settings: Settings) -> optuna.storages.RDBStorage:
 def _storage(url: str, **options: Any) -> optuna.storages.RDBStorage:
     sqlite = make_url(url).get_backend_name() == "sqlite"
     engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if sqlite else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(url, engine_kwargs=engine_kwargs, **options)
+    storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_kwargs, **options)
+    if not sqlite:
+        event.listen(storage.engine, "connect", _prepare_postgres)
+        storage.engine.dispose()  # the connection with which it looked at the schema
+    return storage
 
 
 def migrate(engine: Engine) -> None:

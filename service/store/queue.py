@@ -22,6 +22,9 @@ JOBS: Final = "jobs"
 RUN_JOB: Final = "run_job"
 SCHEMA: Final = "dbos"  # PostgreSQL only; SQLite keeps the tables beside ours, no name is used twice
 POLL_SECONDS: Final = 0.5
+#: PostgreSQL ends a session that holds a transaction open and does nothing for so long: a frozen process, or a machine
+#: that has lost its network, must not keep its locks. Less than the time after which a silent worker counts as dead.
+IDLE_TRANSACTION_SECONDS: Final = 15.0
 
 
 def migrate_queue(database_url: str) -> None:
@@ -39,6 +42,7 @@ def engine_config(database_url: str, executor: str) -> DBOSConfig:
         "executor_id": executor,
         "serializer": DBOSPortableJSONSerializer(),
         "run_migrations": False,
+        "sys_db_idle_transaction_timeout_sec": IDLE_TRANSACTION_SECONDS,
         "log_level": "WARNING",
     }
 
@@ -53,6 +57,7 @@ class JobQueue:
             dbos_system_schema=SCHEMA,
             serializer=DBOSPortableJSONSerializer(),
             application_name=APPLICATION,
+            sys_db_idle_transaction_timeout_sec=IDLE_TRANSACTION_SECONDS,
             lazy=True,
         )
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ranksearch.search.spec import JobSpec
+from ranksearch.service import watch
 from ranksearch.service.cli import app
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import CheckpointFile, Checkpoints
@@ -110,7 +112,7 @@ def test_the_same_key_makes_one_job(run: Run, url: str, body: dict[str, Any], tm
         (["submit", "--model", "MODEL"], "--kept 0.8"),
         (["submit", "--model", "MODEL", "--kept", "half"], "write numbers"),
         (["submit", "--model", "MODEL", "--kept", "0"], "/budget/kept/0"),
-        (["submit", "--model", "MODEL", "--kept", "1.5"], "/budget/kept/0"),
+        (["submit", "--model", "MODEL", "--kept", "80"], "above 0 and at most 1; got 80"),
         (["submit", "--model", "MODEL", "--kept", "0.5", "--set", "bogus"], "FIELD=VALUE"),
         (["submit", "--model", "MODEL", "--kept", "0.5", "--set", "bogus=1"], "unknown field"),
         (["submit", "--model", "MODEL", "--kept", "0.5", "--set", "model.source.x=1"], "no fields"),
@@ -162,7 +164,7 @@ def test_a_wrong_token_is_code_2_and_the_right_one_works(
         monkeypatch.setenv("RANKSEARCH_TOKEN", wrong or "")
         result = run("jobs")
         assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
-        assert "token" in result.stderr
+        assert "RANKSEARCH_TOKEN" in result.stderr
     monkeypatch.setenv("RANKSEARCH_TOKEN", made["token"])
     assert run("jobs").exit_code == 0
 
@@ -224,6 +226,18 @@ def test_watch_follows_to_the_end(run: Run, running: str, jobs: Jobs) -> None:
     assert json.loads(run("watch", running, "--json").stdout)["status"] == "succeeded"
 
 
+def test_watch_says_that_there_is_nobody_to_work(
+    run: Run, jobs: Jobs, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LONELY_SECONDS", 0.0)
+    waiting = jobs.create(spec).id
+    ending = threading.Timer(3.0, jobs.cancelled, args=(waiting,))
+    ending.start()
+    result = run("watch", waiting)
+    ending.join()
+    assert result.stderr.count("no worker is running") == 1
+
+
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
 def test_watch_ends_with_code_1_when_the_job_did_not_succeed(run: Run, running: str, jobs: Jobs, end: str) -> None:
     if end == "failed":
@@ -240,7 +254,9 @@ def test_watch_ends_with_code_1_when_the_job_did_not_succeed(run: Run, running: 
 def test_ctrl_c_leaves_the_job_running(running: str, jobs: Jobs, url: str) -> None:
     command = [sys.executable, "-m", "ranksearch.service.cli", "watch", running]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / ".ns"), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # a test run started in the background ignores SIGINT, and children would inherit that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         assert "queued" in process.stderr.readline()
         process.send_signal(signal.SIGINT)

@@ -1,0 +1,146 @@
+"""Decoder blocks run one after the other over a whole text, the hidden states between them kept outside the model.
+
+So a step that needs a block's inputs as they are at that moment - after the blocks before it have changed - costs that
+block alone, not a pass through the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.targets import block_stack
+
+
+class _Reached(Exception):  # a way out of a forward pass, not an error
+    """The pass came to the place it was run for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """How the model calls a block, apart from the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None  # the hidden states' name, where they are not the first argument
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        if self.keyword is None:
+            return _first(block(hidden, *self.args, **self.kwargs))
+        return _first(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+
+
+class BlockStream:
+    """The blocks of a causal language model, to be run one at a time.
+
+    Attributes:
+        paths: Module path of each block.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, ids: Tensor, *, rows: int) -> None:
+        """Looks how the model calls its blocks.
+
+        Args:
+            model: A causal language model in eval mode.
+            ids: Token ids, `sequences x length`.
+            rows: Sequences per batch.
+
+        Raises:
+            UnsupportedModel: A block's output is not the next one's input.
+        """
+        self._model = model
+        self._batches = ids.split(rows)
+        self.paths = block_stack(model)
+        # what else a block is given (masks, position embeddings) depends on a batch's shape alone: nothing is padded
+        self._calls = {len(batch): self._look(batch) for batch in (self._batches[0], self._batches[-1])}
+
+    def embed(self) -> Iterator[Tensor]:
+        """Hidden states `rows x length x d` before the first block, batch by batch."""
+        for batch in self._batches:
+            with _first_call(self._block(0)) as seen:
+                self._run_model(batch)
+            yield _hidden(*seen[0])[0]
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """What block `index` makes of hidden states `rows x length x d`."""
+        return self._calls[len(hidden)][index](self._block(index), hidden)
+
+    def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor:
+        """What reaches a module inside block `index`, `rows x length x n`; the block is run up to there."""
+        with _first_call(self._model.get_submodule(name)) as seen:
+            self.run(index, hidden)
+        args, _ = seen[0]
+        reached: Tensor = args[0]
+        return reached
+
+    def _block(self, index: int) -> nn.Module:
+        return self._model.get_submodule(self.paths[index])
+
+    def _run_model(self, batch: Tensor) -> None:
+        base = getattr(self._model, getattr(self._model, "base_model_prefix", "") or " ", self._model)
+        base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
+
+    def _look(self, batch: Tensor) -> list[_Call]:
+        calls: list[_Call] = []
+        last: list[Tensor] = []
+        hooks: list[Any] = []
+
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, keyword = _hidden(args, kwargs)
+            if last and not torch.equal(last[-1], hidden):
+                raise UnsupportedModel(f"The blocks of {type(self._model).__name__} do not follow each other directly.")
+            rest = {key: value for key, value in kwargs.items() if key != keyword}
+            calls.append(_Call(args=args if keyword else args[1:], kwargs=rest, keyword=keyword))
+
+        def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            last.append(_first(output))
+
+        for path in self.paths:
+            block = self._model.get_submodule(path)
+            hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(block.register_forward_hook(after, with_kwargs=True))
+        try:
+            self._run_model(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(calls) != len(self.paths):
+            raise UnsupportedModel(f"The blocks of {type(self._model).__name__} are not each run once.")
+        return calls
+
+
+def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str | None]:
+    if args and isinstance(args[0], Tensor):
+        return args[0], None
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
+            return value, name
+    raise UnsupportedModel("A block is called without hidden states.")
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def _first_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Catch the arguments of a module's next call; the pass that makes it ends there."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            yield seen
+    finally:
+        handle.remove()
