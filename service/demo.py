@@ -134,7 +134,7 @@ class Demo:
             "name": "demo",
             "model": {"source": str(self.folder / "model")},
             "calibration": {"dataset": text("train.txt"), "sequences": 256, "sequence_length": 128},
-            "evaluation": {"sequences": 64, "test": [{**text("test.txt"), "sequences": 256}]},
+            "evaluation": {"sequences": 64, "test": [{**text("test.txt"), "sequences": 128}]},
             "budget": {"kept": list(self.kept)},
             "search": {"trials": self.trials},
         }

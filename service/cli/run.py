@@ -147,7 +147,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--folder", "-o", help="Where everything is left.")] = Path("demo"),
     kept: Annotated[str, typer.Option(help="Budgets of the demo.")] = "0.5,0.25",
     trials: Annotated[int, typer.Option(min=2, help="Trials per budget.")] = 20,
-    seconds: Annotated[int, typer.Option(min=1, help="How long the model is trained.")] = 45,
+    seconds: Annotated[int, typer.Option(min=1, help="About how long the model is trained.")] = 60,
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave the service on until Ctrl-C.")] = False,
 ) -> None:
     """See the whole thing work in minutes.
