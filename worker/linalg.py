@@ -1,14 +1,16 @@
 """The one place that decides how matrices are decomposed: roots of covariances and singular values.
 
 Policy, for every caller: work in fp64 on a symmetrized matrix; clamp eigenvalues from below relative to their mean;
-never form an inverse; when a LAPACK driver does not converge try the next one; say in the result what was done. A
-singular or zero covariance is a fact to record, not an error. Only values that are not finite are refused.
+divide by clamped eigenvalues only, never by a formed inverse; when a LAPACK driver does not converge try the next one;
+say in the result what was done. A singular or zero covariance is a fact to record, not an error. Only values that are
+not finite are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,10 +23,11 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
-    """The symmetric square root of a covariance, and how it was made.
+    """A damped covariance by its eigenvectors, its symmetric square root, and how it was made.
 
     Attributes:
-        matrix: `n x n`, fp64.
+        vectors: `n x n`, fp64; one eigenvector per column.
+        eigenvalues: `n`, fp64, after the clamp; zeros for a zero matrix.
         damping: Relative clamp that was asked for.
         clamped: Number of eigenvalues raised to the clamp.
         effective_rank: exp of the entropy of the normalized eigenvalues; 0 for a zero matrix.
@@ -32,12 +35,30 @@ class Root:
         solver: Name of the decomposition that converged.
     """
 
-    matrix: Tensor
+    vectors: Tensor
+    eigenvalues: Tensor
     damping: float
     clamped: int
     effective_rank: float
     mean_eigenvalue: float
     solver: str
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """The square root, `n x n`, fp64."""
+        return (self.vectors * self.eigenvalues.sqrt()) @ self.vectors.mT
+
+    def divide(self, B: Tensor) -> Tensor:
+        """`B C^-1` of the damped covariance C.
+
+        Args:
+            B: `... x n`, fp64.
+
+        Returns:
+            `... x n`; zeros where the covariance is zero.
+        """
+        inverse = torch.where(self.eigenvalues > 0, self.eigenvalues, torch.inf).reciprocal()
+        return ((B @ self.vectors) * inverse) @ self.vectors.mT
 
     @property
     def facts(self) -> dict[str, float | int | str]:
@@ -89,7 +110,8 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "")
     mean = float(A.diagonal().mean())
     if mean <= 0:
         return Root(
-            matrix=torch.zeros_like(A),
+            vectors=torch.eye(size, dtype=A.dtype, device=A.device),
+            eigenvalues=A.new_zeros(size),
             damping=damping,
             clamped=size,
             effective_rank=0.0,
@@ -104,7 +126,8 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "")
     share = share / share.sum()
     entropy = -torch.special.xlogy(share, share).sum()
     return Root(
-        matrix=(Q * (raised * mean).sqrt()) @ Q.mT,
+        vectors=Q,
+        eigenvalues=raised * mean,
         damping=damping,
         clamped=int((eigenvalues < clamp).sum()),
         effective_rank=float(entropy.exp()),

@@ -52,6 +52,10 @@ class PrefixLinear(nn.Module):
         left, right = self._factors
         self._prefix = None if rank is None else (left[:rank].mT, right[:rank])
 
+    def set_pair(self, pair: tuple[Tensor, Tensor] | None) -> None:
+        """Runs through other factors, `left` `m x r` and `right` `r x n`, or dense for None."""
+        self._prefix = pair
+
     def forward(self, x: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
         if self._prefix is None:
@@ -112,6 +116,19 @@ class PrefixModel:
         for name, module in self._modules.items():
             rank = ranks.get(name, self._targets[name].full_rank)
             module.set_rank(None if rank == self._targets[name].full_rank else rank)
+
+    def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Runs the named targets through the given factors and all others dense.
+
+        Args:
+            pairs: Target -> `left` `m x r` and `right` `r x n`, on the model's device and in its dtype.
+        """
+        for name, module in self._modules.items():
+            module.set_pair(pairs.get(name))
+
+    def dense_weight(self, name: str) -> Tensor:
+        """The original weight of a target, `m x n`."""
+        return self._modules[name].weight.detach()
 
     def set_dense(self) -> None:
         """Runs every target dense."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
 from ranksearch.worker.targets import block_stack
+
+T = TypeVar("T")
 
 
 class _Reached(Exception):  # a way out of a forward pass, not an error
@@ -72,13 +74,37 @@ class BlockStream:
         """What block `index` makes of hidden states `rows x length x d`."""
         return self._calls[len(hidden)][index](self._block(index), hidden)
 
-    def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor:
-        """What reaches a module inside block `index`, `rows x length x n`; the block is run up to there."""
+    def run_and_see(self, index: int, hidden: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """What reaches a module inside block `index`, and what the block makes of the hidden states."""
+        seen: list[Tensor] = []
+        handle = self._model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            output = self.run(index, hidden)
+        finally:
+            handle.remove()
+        return seen[0], output
+
+    def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor | None:
+        """What reaches a module inside block `index`, `... x n`, or None; the block runs up to there."""
         with _first_call(self._model.get_submodule(name)) as seen:
             self.run(index, hidden)
-        args, _ = seen[0]
-        reached: Tensor = args[0]
-        return reached
+        return seen[0][0][0] if seen else None
+
+    def in_order(self, index: int, hidden: Tensor, named: Mapping[str, T]) -> list[T]:
+        """The values of module names, in the order in which block `index` calls the modules; never called come last."""
+        called: dict[str, None] = {}
+        hooks = [
+            self._model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name: called.setdefault(name)
+            )
+            for name in named
+        ]
+        try:
+            self.run(index, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [named[name] for name in dict.fromkeys([*called, *named])]
 
     def _block(self, index: int) -> nn.Module:
         return self._model.get_submodule(self.paths[index])
