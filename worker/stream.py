@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.readout import base_path
 from ranksearch.worker.targets import block_stack
 
 
@@ -84,7 +85,7 @@ class BlockStream:
         return self._model.get_submodule(self.paths[index])
 
     def _run_model(self, batch: Tensor) -> None:
-        base = getattr(self._model, getattr(self._model, "base_model_prefix", "") or " ", self._model)
+        base = self._model.get_submodule(base_path(self._model))
         base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
 
     def _look(self, batch: Tensor) -> list[_Call]:
