@@ -40,6 +40,10 @@ class TransposedLinear(nn.Linear):
         super()._load_from_state_dict(turned, prefix, *args)
 
 
+#: Layers that compute `W x + b` and nothing else.
+PLAIN = (nn.Linear, TransposedLinear)
+
+
 def as_conv1d(linear: nn.Linear) -> Conv1D:
     """A linear layer in the form that stores its weight transposed, on the same tensors."""
     with torch.device("meta"):

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ranksearch.worker.fused import FusedExperts, TransposedLinear, fuse, run_eagerly, unfuse
+from ranksearch.worker.fused import PLAIN, FusedExperts, TransposedLinear, fuse, run_eagerly, unfuse
 
 PROBE_TOKENS = 16
 
@@ -28,8 +29,9 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 def make_plain(model: Any) -> None:
     """Replace transposed layers and fused expert tensors by plain linear layers on views of their weights.
 
-    An expert tensor that the model uses in another way than expert by expert stays as it is, which is logged: it is
-    then no target.
+    So is a linear layer of the model's own class, if it computes what a plain one does. What does something else - a
+    router, or an expert tensor that is not used expert by expert - stays as it is and is no target, and neither is a
+    layer that is never called but whose weight the model reads (`uncalled`).
 
     Args:
         model: A causal language model in evaluation mode, changed in place; it computes what it did before.
@@ -37,15 +39,28 @@ def make_plain(model: Any) -> None:
     for path, module in list(model.named_modules()):
         if type(module) is Conv1D:
             model.set_submodule(path, TransposedLinear(module))
+        elif isinstance(module, nn.Linear) and type(module) not in PLAIN and _is_linear(module):
+            model.set_submodule(path, _plain(module))
     tensors = _expert_tensors(model)
-    if not tensors:
-        return
+    if tensors:
+        _take_apart(model, tensors)
+    linears = {path: path for path, module in model.named_modules() if type(module) in PLAIN}
+    called = {generic(path) for path in _calls(model, linears)}
+    model.uncalled = frozenset(generic(path) for path in linears) - called
+
+
+def generic(path: str) -> str:
+    """A module path without the indices in it, the same for every layer and expert."""
+    return ".".join(part for part in path.split(".") if not part.isdecimal())
+
+
+def _take_apart(model: Any, tensors: Mapping[str, list[str]]) -> None:
     run_eagerly(model)
     calls = _calls(model, tensors)
     for owner, names in tensors.items():
         paths = [f"{owner}.{name}" if owner else name for name in names]
         if owner not in calls or not _unfused(model, owner, paths, calls[owner]):
-            log.warning("%s is used in a way that cannot be taken apart by expert; it stays dense", ", ".join(paths))
+            log.warning("No use of %s expert by expert was seen, so no target is made of it", " and ".join(paths))
     if not any(isinstance(module, FusedExperts) for module in model.modules()):
         _run_by_default(model)
 
@@ -85,6 +100,25 @@ def restore(model: Any) -> dict[str, bool]:
     if undone and not left:
         _run_by_default(model)
     return {path: transposed for path, transposed in undone.items() if path not in left}
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    weight = module.weight
+    if type(weight.data) is not Tensor or not weight.is_floating_point():
+        return False
+    features = torch.eye(min(weight.shape[1], PROBE_TOKENS), weight.shape[1], device=weight.device, dtype=weight.dtype)
+    try:
+        output = module(features.unsqueeze(0))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    expected = F.linear(features.unsqueeze(0), weight, module.bias)
+    return isinstance(output, Tensor) and _same([output], [expected])
+
+
+def _plain(module: nn.Linear) -> nn.Linear:
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    linear.weight, linear.bias = module.weight, module.bias
+    return linear.train(module.training)
 
 
 def _run_by_default(model: Any) -> None:

@@ -74,9 +74,15 @@ class BlockStream:
         return self._calls[len(hidden)][index](self._block(index), hidden)
 
     def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor:
-        """What reaches a module inside block `index`, `rows x length x n`; the block is run up to there."""
+        """What reaches a module inside block `index`, `rows x length x n`; the block is run up to there.
+
+        An expert is reached by `tokens x n`, none if no token is sent to it.
+        """
         with _first_call(self._model.get_submodule(name)) as seen:
             self.run(index, hidden)
+        if not seen:
+            weight: Any = self._model.get_submodule(name).weight
+            return hidden.new_zeros(0, weight.shape[-1])
         args, _ = seen[0]
         reached: Tensor = args[0]
         return reached

@@ -12,7 +12,8 @@ from torch import nn
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
 from ranksearch.search.targets import Target
-from ranksearch.worker.fused import FusedExperts, TransposedLinear
+from ranksearch.worker.fused import PLAIN, FusedExperts
+from ranksearch.worker.plain import generic
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
@@ -34,7 +35,7 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
     family = type(model).__name__
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise UnsupportedModel(f"{family} is already quantized or compressed; submit the original checkpoint.")
-    excluded = _embeddings(model)
+    excluded, uncalled = _embeddings(model), getattr(model, "uncalled", ())
     stacks = _stacks(model)
     targets = []
     for path, stack in stacks.items():
@@ -44,7 +45,10 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
                 if not isinstance(module, nn.Linear) or id(module) in excluded:
                     continue
                 name = f"{path}.{depth}.{below}" if below else f"{path}.{depth}"
-                _check_plain(name, module)
+                _check_unquantized(name, module)
+                # the output of a router, say, is not the product alone
+                if type(module) not in PLAIN or generic(name) in uncalled:
+                    continue
                 target = Target(
                     name=name,
                     out_features=module.out_features,
@@ -127,11 +131,10 @@ def _embeddings(model: nn.Module) -> set[int]:
     return {id(module) for module in found if module is not None}
 
 
-def _check_plain(name: str, module: nn.Linear) -> None:
-    plain = type(module) in (nn.Linear, TransposedLinear) and type(module.weight.data) is torch.Tensor
-    if not plain or not module.weight.is_floating_point():
+def _check_unquantized(name: str, module: nn.Linear) -> None:
+    if type(module.weight.data) is not torch.Tensor or not module.weight.is_floating_point():
         raise UnsupportedModel(
-            f"{name} is a {type(module).__name__} with {module.weight.dtype} weights, not a plain nn.Linear; "
+            f"{name} is a {type(module).__name__} with {module.weight.dtype} weights; "
             "submit the original, unquantized checkpoint.",
             target=name,
         )

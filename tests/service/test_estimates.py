@@ -52,16 +52,20 @@ def test_experts_and_towers_are_told_apart() -> None:
             ("model.layers.0.mlp.experts.3.up_proj.weight", (64, 32)),
             ("model.layers.0.mlp.gate.weight", (4, 32)),
             ("vision.blocks.0.fc.weight", (32, 32)),
-            ("model.layers.0.mlp.fused.weight", (4, 64, 32)),
+            ("model.layers.0.mlp.fused.down_proj", (2, 64, 32)),
+            ("model.layers.0.mlp.fused.down_proj_bias", (2, 64)),
+            ("model.layers.0.conv.weight", (64, 1, 4)),
             ("model.layers.0.score.weight", (1, 32)),
             ("model.layers.0.norm.weight", (32,)),
             ("model.embed_tokens.weight", (100, 32)),
+            ("lm_head.weight", (100, 32)),
         )
     )
     assert [(t.name, t.kind) for t in found] == [
-        ("model.layers.0.mlp.experts.3.up_proj", "model.layers.mlp.experts.up_proj"),
-        ("model.layers.0.mlp.gate", "model.layers.mlp.gate"),
-        ("vision.blocks.0.fc", "vision.blocks.fc"),
+        ("model.layers.0.mlp.experts.3.up_proj", "mlp.experts.up_proj"),
+        ("model.layers.0.mlp.fused.down_proj.0", "mlp.fused.down_proj"),
+        ("model.layers.0.mlp.fused.down_proj.1", "mlp.fused.down_proj"),
+        ("model.layers.0.mlp.gate", "mlp.gate"),
     ]
 
 

@@ -340,6 +340,16 @@ def test_each_expert_is_calibrated_on_the_tokens_it_got(mixture: Case) -> None:
 
 
 @needs_fused
+@torch.inference_mode()
+def test_an_expert_that_no_token_is_sent_to_is_reached_by_none(mixture: Case) -> None:
+    stream = BlockStream(mixture.model, TOKENS[:1, :1], rows=1)
+    hidden = next(stream.embed())
+    names = [t.name for t in mixture.targets if t.depth == 0 and "self_attn" not in t.name]
+    reached = [stream.input_of(0, hidden, name).shape for name in names]
+    assert {shape[0] for shape in reached} == {0, 1}
+
+
+@needs_fused
 def test_an_expert_tensor_without_factors_stays_in_one_piece(mixture: Case, tmp_path: Path) -> None:
     mixture.export(tmp_path / "out", {t.name: t.full_rank for t in mixture.targets})
     with as_loaded(mixture.model):
@@ -350,6 +360,7 @@ def test_an_expert_tensor_without_factors_stays_in_one_piece(mixture: Case, tmp_
 
 
 @needs_fused
+@pytest.mark.slow
 def test_a_fresh_process_loads_and_runs_a_mixture(tmp_path: Path) -> None:
     case = case_of("qwen3_moe")
     case.export(tmp_path / "out", case.mixed())

@@ -67,12 +67,13 @@ def test_a_model_without_linear_layers_is_refused(tiny):
 
 
 def test_quantized_layers_are_refused_by_name(tiny):
-    class Linear4bit(nn.Linear):
+    class Linear8bit(nn.Linear):
         pass
 
     model = tiny()
-    model.model.layers[1].mlp.up_proj = Linear4bit(24, 40)
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.up_proj is a Linear4bit"):
+    layer = model.model.layers[1].mlp.up_proj = Linear8bit(24, 40)
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.up_proj is a Linear8bit with torch.int8"):
         find_targets(model)
 
 
