@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ranksearch.worker.fused import PLAIN, FusedExperts, TransposedLinear, fuse, run_eagerly, unfuse
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 8
 
 log = logging.getLogger("ranksearch.worker")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.targets import embedding_of
 
 
 class Readout:
@@ -84,9 +85,9 @@ def base_path(model: nn.Module) -> str:
     named = getattr(model, "base_model_prefix", "") or ""
     if isinstance(getattr(model, named or " ", None), nn.Module):
         return str(named)
-    embedding = cast(Any, model).get_input_embeddings()
+    embedding = embedding_of(model)
     for name, child in model.named_children():
-        if child is not embedding and any(module is embedding for module in child.modules()):
+        if child is not embedding and embedding is not None and any(module is embedding for module in child.modules()):
             return name
     raise UnsupportedModel(f"{type(model).__name__} has no base model under its output head.")
 

@@ -100,7 +100,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of blocks that read text: under the smallest module that holds the token embedding and such a list,
     those that lie least deep."""
     stacks = _all_stacks(model)
-    path = next((path for path, module in model.named_modules() if module is _embedding(model)), "")
+    path = next((path for path, module in model.named_modules() if module is embedding_of(model)), "")
     while path:
         path = path.rpartition(".")[0]
         depths = {name: name.count(".") for name in stacks if name.startswith(f"{path}." if path else "")}
@@ -118,7 +118,8 @@ def _all_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return stacks
 
 
-def _embedding(model: nn.Module, getter: str = "get_input_embeddings") -> nn.Module | None:
+def embedding_of(model: nn.Module, getter: str = "get_input_embeddings") -> nn.Module | None:
+    """The table of token embeddings of a model, or what another of its getters finds; None where there is none."""
     try:
         module: nn.Module | None = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
@@ -127,7 +128,7 @@ def _embedding(model: nn.Module, getter: str = "get_input_embeddings") -> nn.Mod
 
 
 def _embeddings(model: nn.Module) -> set[int]:
-    found = (_embedding(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    found = (embedding_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
     return {id(module) for module in found if module is not None}
 
 

@@ -29,6 +29,7 @@ from ranksearch.worker.merge import merge_to_dense
 from ranksearch.worker.models import load_model
 from ranksearch.worker.plain import as_loaded, make_plain
 from ranksearch.worker.prefix import PrefixLinear, PrefixModel
+from ranksearch.worker.readout import Readout, base_path
 from ranksearch.worker.speed import measure
 from ranksearch.worker.stream import BlockStream
 from ranksearch.worker.targets import block_stack, find_targets
@@ -386,6 +387,15 @@ def test_a_folder_that_reads_images_too_is_loaded_for_its_text(tmp_path: Path) -
     assert type(model) is type(case.model)
     assert find_targets(model) == case.targets
     assert near(case.logits(model), case.before)
+
+
+@torch.no_grad()
+def test_the_base_model_is_found_by_its_embedding_where_no_name_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("llama")
+    readout = Readout(case.model, FEW)
+    monkeypatch.setattr(type(case.model), "base_model_prefix", "")
+    assert base_path(case.model) == "model"
+    assert torch.equal(Readout(case.model, FEW).hidden(FEW), readout.hidden(FEW))
 
 
 def test_the_config_says_how_a_matrix_was_stored(tmp_path: Path) -> None:

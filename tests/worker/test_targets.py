@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
-from ranksearch.worker.targets import check_weights, find_targets
+from ranksearch.worker.targets import block_stack, check_weights, find_targets
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -59,6 +59,28 @@ def test_several_stacks_keep_their_kinds_apart():
         ("encoder.0", "encoder.Linear"),
         ("decoder.0", "decoder.Linear"),
     ]
+
+
+class Tower(nn.Module):
+    """Embedding and blocks of text beside blocks of something else, and more of those deeper inside."""
+
+    def __init__(self, *, together):
+        super().__init__()
+        self.language = nn.Module()
+        owner = self if together else self.language
+        owner.embed = nn.Embedding(9, 8)
+        owner.layers = nn.ModuleList([nn.Linear(8, 8)])
+        owner.images = nn.Module()
+        owner.images.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.vision = nn.ModuleList([nn.Linear(8, 8)]) if not together else None
+        self.get_input_embeddings = lambda: owner.embed
+
+
+@pytest.mark.parametrize(("together", "name"), [(True, "layers.0"), (False, "language.layers.0")])
+def test_only_the_blocks_nearest_to_the_embedding_read_text(together, name):
+    model = Tower(together=together)
+    assert [t.name for t in find_targets(model)] == [name]
+    assert block_stack(model) == [name]
 
 
 def test_a_model_without_linear_layers_is_refused(tiny):
