@@ -22,11 +22,15 @@ INDEX: Final = "model.safetensors.index.json"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_HEADER_BYTES: Final = 32_000_000
 MAX_TENSORS: Final = 1_000_000
+MAX_EXPERTS: Final = 4096  # of one tensor
 HUB_SECONDS: Final = 4.0
 HUB_PAUSE_SECONDS: Final = 60.0
 BYTES_PER_ELEMENT: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
-_BLOCK: Final = re.compile(r"(?P<stack>.+?)\.(?P<depth>\d+)\.(?P<below>.+)\.weight")
+_BLOCK: Final = re.compile(r"(?P<stack>.+?)\.(?P<depth>\d+)\.(?P<below>.+?)(?P<weight>\.weight)?")
+
+
+_Found = tuple[str, int, str, tuple[int, ...]]  # stack, depth, path below it, shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +176,24 @@ def _read_json(path: Path) -> Any:
 def find_targets(tensors: Tensors) -> tuple[Target, ...]:
     """The matrices a worker will find in the loaded model, judged by the names of the stored tensors.
 
+    A file may name a model's parts otherwise than the model does, and store transposed what it turns: then names and
+    orientation differ from the worker's, sizes do not.
+
     Raises:
         UnsupportedModel: There is none.
     """
-    found = []
+    found: list[_Found] = []
     for name, tensor in tensors.items():
         match = _BLOCK.fullmatch(name)
-        if match and len(tensor.shape) == 2 and tensor.dtype in BYTES_PER_ELEMENT:
-            found.append((match["stack"], int(match["depth"]), match["below"], tensor.shape))
+        if match is None or tensor.dtype not in BYTES_PER_ELEMENT:
+            continue
+        place = (match["stack"], int(match["depth"]))
+        if len(tensor.shape) == 2 and match["weight"]:
+            found.append((*place, match["below"], tensor.shape))
+        elif len(tensor.shape) == 3 and min(tensor.shape) > 1 and tensor.shape[0] <= MAX_EXPERTS:
+            below = match["below"] + (match["weight"] or "")
+            found += [(*place, f"{below}.{expert}", tensor.shape[1:]) for expert in range(tensor.shape[0])]
+    found = _of_text(found, tensors)
     several = len({stack for stack, *_ in found}) > 1
     targets = []
     for stack, depth, below, (rows, columns) in sorted(found):
@@ -198,6 +212,22 @@ def find_targets(tensors: Tensors) -> tuple[Target, ...]:
             "the model has no weight matrices in a list of repeated blocks, so there is nothing to compress"
         )
     return tuple(targets)
+
+
+def _of_text(found: list[_Found], tensors: Tensors) -> list[_Found]:
+    """Those in the blocks nearest to the token embedding, which is the table with the most rows outside of blocks."""
+    tables = {n: t.shape[0] for n, t in tensors.items() if len(t.shape) == 2 and not _BLOCK.fullmatch(n)}
+    rows = max(tables.values(), default=0)
+    # an output head may have as many rows; it lies further out
+    path = max((name for name in tables if tables[name] == rows), key=lambda name: name.count("."), default="")
+    stacks = {stack for stack, *_ in found}
+    path = path.removesuffix(".weight")
+    while path:
+        path = path.rpartition(".")[0]
+        near = {stack: stack.count(".") for stack in stacks if stack.startswith(f"{path}." if path else "")}
+        if near:
+            return [entry for entry in found if near.get(entry[0]) == min(near.values())]
+    return found
 
 
 _hub_asked_again: float = 0.0

@@ -30,6 +30,7 @@ from ranksearch.search.errors import InvalidInput
 from ranksearch.search.targets import Target
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.linalg import DAMPING, Root, decompose, square_root
+from ranksearch.worker.pooled import Pooled
 
 Metric = Literal["weight", "feature", "two_sided"]
 
@@ -142,28 +143,29 @@ def build_bank(
     if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
         raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
     spectra, left, right, facts = {}, {}, {}, {}
+    pooled = Pooled(calibration, targets) if calibration else None
     root: tuple[str, Root] | None = None
     for index, target in enumerate(targets):
         name = target.name
         weight = model.get_parameter(f"{name}.weight").detach()
         W = weight.to(device or weight.device, torch.float64)
         C = G = None
-        if metric != "weight" and calibration is not None:
+        if metric != "weight" and calibration is not None and pooled is not None:
             lead = calibration.leader[name]
             if root is None or root[0] != lead:
-                root = (lead, square_root(calibration.input(name).to(W.device), damping=damping, name=name))
+                root = (lead, square_root(pooled.input(target).to(W.device), damping=damping, name=name))
             C = root[1]
-        if metric == "two_sided" and calibration is not None:
-            G = square_root(calibration.gradients[name].to(W.device), damping=damping, name=name)
+        if metric == "two_sided" and pooled is not None:
+            G = square_root(pooled.gradient(target).to(W.device), damping=damping, name=name)
         factors = factor(W, C, G, name=name)
         # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
-        share = calibration.tokens[name] / calibration.total_tokens if calibration and metric == "feature" else 1.0
+        share = pooled.share(target) if pooled and metric == "feature" else 1.0
         stored = target.full_rank if full else target.break_even
         spectra[name] = (factors.sigma * share**0.5).cpu().numpy()
         left[name] = factors.left[:stored].to(dtype or weight.dtype).contiguous()
         right[name] = factors.right[:stored].to(dtype or weight.dtype).contiguous()
-        tokens = {"tokens": calibration.tokens[name]} if calibration else {}
-        facts[name] = {"damping": damping if C else 0.0, **factors.facts, **tokens}
+        seen = pooled.facts(target, gradients=metric == "two_sided") if pooled else {}
+        facts[name] = {"damping": damping if C else 0.0, **factors.facts, **seen}
         progress((index + 1) / len(targets))
     return FactorBank(spectra=spectra, left=left, right=right, facts=facts, metric=metric)
 

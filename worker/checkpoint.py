@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
 from ranksearch.search.targets import Target
+from ranksearch.worker.fused import FusedExperts, layout
 from ranksearch.worker.loading import METHOD, VERSION
-from ranksearch.worker.models import TOKENIZER_FILES, weight_files
+from ranksearch.worker.models import PROCESSOR_FILES, TOKENIZER_FILES, weight_files
 from ranksearch.worker.shards import Stored, appearing, headers, write_shards
 
 Pairs = Callable[[str, int], tuple[Tensor, Tensor]]
@@ -112,6 +113,18 @@ def _tensors(
             for side, shape in (("right", (rank, n)), ("left", (m, rank))):
                 load = _factor(pairs, target, rank, side, shape)
                 stored[f"{target}.{side}.weight"] = Stored(shape=shape, dtype=dtype, load=load, target=target)
+    return _fuse_dense(model, stored, factored)
+
+
+def _fuse_dense(model: nn.Module, stored: dict[str, Stored], factored: Mapping[str, int]) -> dict[str, Stored]:
+    """Expert tensors of which no expert is factored go back into one piece, as the model has them."""
+    for path, module in model.named_modules():
+        if not isinstance(module, FusedExperts):
+            continue
+        names = [f"{path}.{index}" for index in range(len(module))]
+        if not any(name in factored for name in names):
+            parts = [stored.pop(f"{name}.weight") for name in names]
+            stored[path] = Stored(shape=module.shape, dtype=parts[0].dtype, load=module.fused)
     return stored
 
 
@@ -171,7 +184,8 @@ def _write_rest(
             # not `save_pretrained`, which refuses sampling settings that many published models carry
             model.generation_config.to_json_file(folder / "generation_config.json")
     else:
-        patterns = ("generation_config.json", *TOKENIZER_FILES, *(("*.py",) if _own_code(model) else ()))
+        code = ("*.py",) if _own_code(model) else ()
+        patterns = ("generation_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES, *code)
         for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
             shutil.copyfile(path, folder / path.name)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(wanted or model.dtype).removeprefix("torch.")
@@ -183,6 +197,7 @@ def _write_rest(
                 "form": "factored" if target.name in factored else "dense",
                 "rank": factored.get(target.name, target.full_rank),
                 "bias": model.get_submodule(target.name).bias is not None,
+                **layout(model, target.name),
             }
             for target in targets
         },
@@ -234,9 +249,10 @@ def count(folder: str | Path, targets: Iterable[Target]) -> Sizes:
     total = 0
     for target in targets:
         found = [f"{target.name}.{part}" for part in ("weight", "right.weight", "left.weight")]
-        if not any(name in sizes for name in found):
+        fused = target.name.rpartition(".")[0]
+        if not any(name in sizes for name in (*found, fused)):
             raise BrokenWeights(f"{folder} holds no tensor of target {target.name}.", target=target.name)
-        total += sum(sizes.get(name, 0) for name in found)
+        total += sum(sizes.get(name, 0) for name in found) if fused not in sizes else target.parameters
     return Sizes(
         targets=total,
         model=sum(sizes.values()),

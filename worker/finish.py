@@ -54,7 +54,7 @@ def finish(
         history=_history(run, kept),
     )
     report = build_report(job=run.id, spec=run.spec_json, fingerprints=_fingerprints(prepared), budgets=[budget])
-    write_documents(folder, report, source_card=proof["card"])
+    write_documents(folder, report, source_card=proof["card"], auto_class=proof["auto_class"])
     return {"files": _store(run, folder)}
 
 

@@ -5,7 +5,8 @@
 
 The checkpoint's `config.json` names the method, so nothing else is needed and no code travels with the weights. A
 target `T` in form `factored` is stored as `T.right.weight` (`r x n`), `T.left.weight` (`m x r`) and, if it has a bias,
-`T.left.bias`; one in form `dense` is stored as ever. Needs torch and transformers only (4.57 and later).
+`T.left.bias`; one in form `dense` is stored as ever, except for an expert whose tensor holds factored ones as well,
+which is stored as `T.weight`. Needs torch and transformers only (4.57 and later).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
+from ranksearch.worker.fused import as_conv1d, run_eagerly, unfuse
+from ranksearch.worker.plain import restore
 
 METHOD = "ranksearch"
 VERSION = 1
@@ -131,6 +135,7 @@ class RanksearchQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         factored = self.quantization_config.factored
+        _take_apart(model, self.quantization_config.targets)
         swap_modules(model, factored)
         files = kwargs.get("checkpoint_files")
         if files and all(str(file).endswith(".safetensors") for file in files):
@@ -152,10 +157,19 @@ class RanksearchQuantizer(HfQuantizer):
         model.is_quantized = False
         return model
 
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
+        """None: the files name the modules as they are."""
+        return []
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        prefix = getattr(model, "base_model_prefix", "") + "."
         for name, module in list(model.named_modules()):
             if isinstance(module, FactoredLinear):
-                model.set_submodule(name, module.merged())
+                targets, dense = self.quantization_config.targets, module.merged()
+                entry = targets.get(name) or targets.get(prefix + name, {})
+                alone = entry.get("transposed") and not entry.get("fused")
+                model.set_submodule(name, as_conv1d(dense) if alone else dense)
+        restore(model)
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -174,7 +188,7 @@ class RanksearchQuantizer(HfQuantizer):
 
 
 def swap_modules(model: nn.Module, factored: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace each named `nn.Linear` by an empty `FactoredLinear` on the same device and in the same dtype.
+    """Replace each named linear layer by an empty `FactoredLinear` on the same device and in the same dtype.
 
     Args:
         model: The model, changed in place. A model without its head (as `AutoModel` builds it) is fine.
@@ -189,22 +203,48 @@ def swap_modules(model: nn.Module, factored: Mapping[str, Mapping[str, Any]]) ->
         if module is None and name.startswith(prefix):
             path = name.removeprefix(prefix)
             module = _submodule(model, path)
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, Conv1D)):
             found = "has no such module" if module is None else f"has a {type(module).__name__} there"
             raise UnsupportedModel(
                 f"The checkpoint factors {name}, but {type(model).__name__} {found}. config.json and the installed "
                 "transformers disagree about the model; use the transformers version that ranksearch.json names.",
                 target=name,
             )
+        n, m = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
         replacement = FactoredLinear(
-            in_features=module.in_features,
-            out_features=module.out_features,
+            in_features=n,
+            out_features=m,
             rank=entry["rank"],
             bias=bool(entry.get("bias", module.bias is not None)),
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
         model.set_submodule(path, replacement)
+
+
+def _take_apart(model: nn.Module, targets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give each expert a layer of its own wherever one is factored.
+
+    Raises:
+        UnsupportedModel: The model keeps its experts in another way than the one that was compressed.
+    """
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, list[Mapping[str, Any]]] = {}
+    for name, entry in targets.items():
+        if entry.get("fused"):
+            tensors.setdefault(name.rpartition(".")[0], []).append(entry)
+    for name, entries in tensors.items():
+        path = name if name in parameters else name.removeprefix(prefix)
+        if path not in parameters:
+            raise UnsupportedModel(
+                f"The checkpoint needs {name}, one tensor for all experts, which {type(model).__name__} does not have "
+                "in the installed transformers; use transformers 5, or the version that ranksearch.json names.",
+                tensor=name,
+            )
+        if any(entry["form"] != "dense" for entry in entries):
+            unfuse(model, path, transposed=bool(entries[0].get("transposed")))
+            run_eagerly(model)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -38,7 +41,8 @@ def merge_to_dense(folder: str | Path, out: str | Path, *, max_shard_bytes: int 
     """
     folder, out = Path(folder), Path(out)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    if (config.pop("quantization_config", None) or {}).get("quant_method") != METHOD:
+    method = config.pop("quantization_config", None) or {}
+    if method.get("quant_method") != METHOD:
         raise UnsupportedModel(f"{folder} is no ranksearch checkpoint, so there is nothing to multiply out.")
     tensors = {
         name: Stored(shape=shape, dtype=dtype, load=_from_file(file, name))
@@ -46,7 +50,7 @@ def merge_to_dense(folder: str | Path, out: str | Path, *, max_shard_bytes: int 
         for name, (shape, dtype) in headers([file]).items()
     }
     with appearing(out) as draft:
-        write_shards(draft, _merged(tensors), max_shard_bytes)
+        write_shards(draft, _as_stored(_merged(tensors), method["targets"]), max_shard_bytes)
         for path in folder.iterdir():
             if path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
                 shutil.copyfile(path, draft / path.name)
@@ -78,6 +82,36 @@ def _merged(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
                 shape=shape, dtype=stored.dtype, load=_product(stored.load, right.load), target=target
             )
     return merged
+
+
+def _as_stored(merged: Mapping[str, Stored], targets: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
+    """Puts the matrices that were multiplied out in the shape in which the model has them."""
+    tensors = dict(merged)
+    experts: dict[str, list[Stored]] = {}
+    for name, entry in targets.items():
+        stored = tensors.get(f"{name}.weight")
+        if stored is None:
+            continue  # an expert of a tensor that was left in one piece
+        # one by itself was never turned where it is dense
+        if entry.get("transposed") and (entry.get("fused") or entry["form"] != "dense"):
+            stored = replace(stored, shape=stored.shape[::-1], load=_turned(stored.load))
+        if entry.get("fused"):
+            del tensors[f"{name}.weight"]
+            experts.setdefault(name.rpartition(".")[0], []).append(stored)
+        else:
+            tensors[f"{name}.weight"] = stored
+    for name, parts in experts.items():
+        shape = (len(parts), *parts[0].shape)
+        tensors[name] = Stored(shape=shape, dtype=parts[0].dtype, load=_stacked([part.load for part in parts]))
+    return tensors
+
+
+def _turned(load: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: load().mT
+
+
+def _stacked(loads: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    return lambda: torch.stack([load() for load in loads])
 
 
 def _product(left: Callable[[], Tensor], right: Callable[[], Tensor]) -> Callable[[], Tensor]:

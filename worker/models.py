@@ -14,12 +14,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-import ranksearch.worker.loading  # noqa: F401  (a compressed checkpoint is a model, too)
 from ranksearch.search.errors import BrokenWeights, ModelNotFound, UnsafeModel, UnsupportedModel
 from ranksearch.worker.known_errors import as_known_error
+from ranksearch.worker.loading import METHOD  # a compressed checkpoint is a model, too
+from ranksearch.worker.plain import make_plain
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,6 +46,13 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 VOCABULARIES = tuple(name for name in TOKENIZER_FILES if name.startswith(("tokenizer.", "vocab", "s", "*.")))
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -49,7 +64,9 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in evaluation mode, and its tokenizer.
+    """Load a model in evaluation mode, its weights in plain linear layers (`make_plain`), and its tokenizer.
+
+    A compressed checkpoint is loaded as its users load it.
 
     Args:
         source: Local folder or hub id.
@@ -71,13 +88,16 @@ def load_model(
     config = _read_config(folder)
     _check_files(folder)
     tokenizer = _load_tokenizer(folder, trust_remote_code)
-    method = (config.get("quantization_config") or {}).get("quant_method", "ranksearch")
-    if method != "ranksearch":
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, METHOD):
         raise UnsupportedModel(
             f"{source} is quantized ({method}); ranksearch compresses the original weights. Name the unquantized model."
         )
     model = _load_weights(folder, dtype, torch.device(device), trust_remote_code)
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    if method is None:
+        make_plain(model)
+    return model, tokenizer
 
 
 def model_fingerprint(source: str | Path, revision: str | None = None) -> str:
@@ -143,7 +163,8 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
 
-    patterns = ["config.json", "generation_config.json", "model*.safetensors", INDEX, "README.md", *TOKENIZER_FILES]
+    patterns = ["config.json", "generation_config.json", "model*.safetensors", INDEX, "README.md"]
+    patterns += [*TOKENIZER_FILES, *PROCESSOR_FILES]
     if trust_remote_code:
         patterns.append("*.py")
     try:
@@ -215,7 +236,7 @@ def _load_weights(
     logging.disable_progress_bar()
     direct = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(folder, trust_remote_code).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -236,6 +257,15 @@ def _load_weights(
         raise known or BrokenWeights(f"The weights of {folder} cannot be loaded: {_first_line(error)}") from error
     _refuse_random(folder, report)
     return model.to(device)
+
+
+def auto_class(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that loads a folder: for a language model, or for one that reads images as well."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    known = [
+        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
+    ]
+    return known[0] if known else AutoModelForCausalLM
 
 
 def _refuse_random(folder: Path, report: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TEST
 from ranksearch.worker.checkpoint import as_report, dense_sizes, export
 from ranksearch.worker.evaluate import Evaluation, Scores
-from ranksearch.worker.models import load_model
+from ranksearch.worker.models import auto_class, load_model
+from ranksearch.worker.plain import as_loaded
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.speed import measure
 from ranksearch.worker.targets import find_targets
@@ -56,7 +57,7 @@ def prove(
 
     Returns:
         `scores` (row -> `evaluation` and `test`), `parameters`, `bytes`, `speed` before and after, and the head of the
-        original model's README as `card`.
+        original model's README as `card`, and the name of the class that loads the checkpoint as `auto_class`.
     """
     targets, settings = find_targets(model), spec.export
     texts = {name: Evaluation(model, blocks[name], scratch=folder.parent) for name in blocks if name != CALIBRATION}
@@ -80,12 +81,15 @@ def prove(
     rows["final"] = {name: brief(text.score(final)) for name, text in texts.items()}
     progress(0.9)
     seconds = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 3.0)
-    before, after = (measure(each, device, seconds=seconds) for each in (model, final))
+    with as_loaded(model):
+        before = measure(model, device, seconds=seconds)
+    after = measure(final, device, seconds=seconds)
     return {
         "scores": {row: _by_text(scores) for row, scores in rows.items()},
         **as_report(written, dense_sizes(model, targets, source)),
         "speed": {"device": device_name, "before": before, "after": after},
         "card": _card(source),
+        "auto_class": auto_class(folder, spec.model.trust_remote_code).__name__,
     }
 
 

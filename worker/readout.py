@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.targets import embedding_of
 
 
 class Readout:
@@ -39,10 +40,8 @@ class Readout:
             UnsupportedModel: The model's logits cannot be had from its final hidden states.
         """
         self._model = cast(Any, model)
-        self._path = getattr(model, "base_model_prefix", "")
+        self._path = base_path(model)
         self.head: nn.Linear | None = None
-        if not isinstance(getattr(model, self._path or " ", None), nn.Module):
-            raise UnsupportedModel(f"{type(model).__name__} has no base model under its output head.")
         self.device = next(model.parameters()).device
         ids = ids[:1, :8].to(self.device)
         expected = self._model(input_ids=ids, use_cache=False).logits
@@ -75,6 +74,22 @@ class Readout:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits
+
+
+def base_path(model: nn.Module) -> str:
+    """Name of the part of a causal language model that holds all but its output head.
+
+    Raises:
+        UnsupportedModel: There is no such part.
+    """
+    named = getattr(model, "base_model_prefix", "") or ""
+    if isinstance(getattr(model, named or " ", None), nn.Module):
+        return str(named)
+    embedding = embedding_of(model)
+    for name, child in model.named_children():
+        if child is not embedding and embedding is not None and any(module is embedding for module in child.modules()):
+            return name
+    raise UnsupportedModel(f"{type(model).__name__} has no base model under its output head.")
 
 
 class _Given(nn.Module):

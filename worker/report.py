@@ -125,16 +125,23 @@ def libraries() -> dict[str, str]:
     return versions
 
 
-def write_documents(folder: str | Path, report: Mapping[str, Any], *, source_card: str | None = None) -> None:
+def write_documents(
+    folder: str | Path,
+    report: Mapping[str, Any],
+    *,
+    source_card: str | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+) -> None:
     """Put `ranksearch.json` and `README.md` into a checkpoint's folder.
 
     Args:
         folder: The checkpoint.
         report: A report with one budget.
         source_card: Text of the original model's README, for its licence.
+        auto_class: Name of the class of transformers that loads the checkpoint.
     """
     _write(Path(folder) / "ranksearch.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(Path(folder) / "README.md", model_card(report, source_card=source_card))
+    _write(Path(folder) / "README.md", model_card(report, source_card=source_card, auto_class=auto_class))
 
 
 def _write(path: Path, text: str) -> None:
@@ -143,7 +150,9 @@ def _write(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def model_card(report: Mapping[str, Any], *, source_card: str | None = None) -> str:
+def model_card(
+    report: Mapping[str, Any], *, source_card: str | None = None, auto_class: str = "AutoModelForCausalLM"
+) -> str:
     """The README of a checkpoint: where it comes from, how to load it, what it lost and what it saves."""
     (budget,) = report["budgets"]
     spec = report["spec"]
@@ -160,7 +169,7 @@ def model_card(report: Mapping[str, Any], *, source_card: str | None = None) -> 
             f"{budget['kept_exact']:.4f} of their parameters, most of them as a product of two thin matrices. How much "
             "each matrix keeps was found by a Bayesian search.",
             "",
-            *_usage(),
+            *_usage(auto_class),
             *_scores(budget),
             *_sizes(budget),
             *_origin(report, budget),
@@ -184,15 +193,15 @@ def _licence(card: str | None) -> list[str]:
     return re.findall(r"^license(?:_name|_link)?:[ \t]*[^\s\[{&*|>].*$", block[1], re.MULTILINE)
 
 
-def _usage() -> list[str]:
+def _usage(auto_class: str) -> list[str]:
     return [
         "## Use",
         "",
         "```python",
         "import ranksearch.worker.loading  # pip install ranksearch; needs no trust_remote_code",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")',
+        f'model = {auto_class}.from_pretrained("PATH_OR_ID", dtype="auto")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
         "```",
         "",

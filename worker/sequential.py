@@ -195,10 +195,10 @@ class _Sweep:
             return z, wanted - got
         x = stream.input_of(index, dense, leader)
         self._run_compressed()
-        fed = stream.input_of(index, compressed, leader)
-        if x is None or fed is None or not x.shape[:-1].numel() == fed.shape[:-1].numel() == tokens:
+        z = stream.input_of(index, compressed, leader)
+        if not x.shape[:-1].numel() == z.shape[:-1].numel() == tokens:
             return None
-        return fed, x - fed
+        return z, x - z
 
     def _writes_to_stream(self, index: int, name: str, later: Sequence[str]) -> bool:
         """Whether a change of the target's output, with the later targets silenced, leaves the block unchanged."""

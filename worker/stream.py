@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.readout import base_path
 from ranksearch.worker.targets import block_stack
 
 T = TypeVar("T")
@@ -84,11 +85,19 @@ class BlockStream:
             handle.remove()
         return seen[0], output
 
-    def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor | None:
-        """What reaches a module inside block `index`, `... x n`, or None; the block runs up to there."""
+    def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor:
+        """What reaches a module inside block `index`, `rows x length x n`; the block is run up to there.
+
+        An expert is reached by `tokens x n`, none if no token is sent to it.
+        """
         with _first_call(self._model.get_submodule(name)) as seen:
             self.run(index, hidden)
-        return seen[0][0][0] if seen else None
+        if not seen:
+            weight: Any = self._model.get_submodule(name).weight
+            return hidden.new_zeros(0, weight.shape[-1])
+        args, _ = seen[0]
+        reached: Tensor = args[0]
+        return reached
 
     def in_order(self, index: int, hidden: Tensor, named: Mapping[str, T]) -> list[T]:
         """The values of module names, in the order in which block `index` calls the modules; never called come last."""
@@ -110,7 +119,7 @@ class BlockStream:
         return self._model.get_submodule(self.paths[index])
 
     def _run_model(self, batch: Tensor) -> None:
-        base = getattr(self._model, getattr(self._model, "base_model_prefix", "") or " ", self._model)
+        base = self._model.get_submodule(base_path(self._model))
         base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
 
     def _look(self, batch: Tensor) -> list[_Call]:

@@ -1,7 +1,8 @@
 """Finds the matrices that may be compressed, by the structure of a model and never by its family's name.
 
 A decoder keeps its repeated blocks in an `nn.ModuleList`. The outermost such lists that hold an `nn.Linear` are the
-blocks; every `nn.Linear` beneath them is a target. Embeddings and the output head are not.
+blocks; every `nn.Linear` beneath them is a target. Embeddings and the output head are not, nor are the towers that a
+model has for anything but text: the text's blocks are those nearest to the embedding of its tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from torch import nn
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
 from ranksearch.search.targets import Target
+from ranksearch.worker.fused import PLAIN, FusedExperts
+from ranksearch.worker.plain import generic
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
@@ -20,10 +23,10 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
     dense.
 
     Args:
-        model: Any causal language model.
+        model: Any causal language model, made plain (`make_plain`) if its weights are transposed or fused.
 
     Returns:
-        One `Target` for each matrix; `kind` is the path below the block, with the places in inner lists (experts)
+        One `Target` for each matrix; `kind` is the path below the block, with the places of experts and in inner lists
         left out.
 
     Raises:
@@ -32,7 +35,7 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
     family = type(model).__name__
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise UnsupportedModel(f"{family} is already quantized or compressed; submit the original checkpoint.")
-    excluded = _embeddings(model)
+    excluded, uncalled = _embeddings(model), getattr(model, "uncalled", ())
     stacks = _stacks(model)
     targets = []
     for path, stack in stacks.items():
@@ -42,7 +45,10 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
                 if not isinstance(module, nn.Linear) or id(module) in excluded:
                     continue
                 name = f"{path}.{depth}.{below}" if below else f"{path}.{depth}"
-                _check_plain(name, module)
+                _check_unquantized(name, module)
+                # the output of a router, say, is not the product alone
+                if type(module) not in PLAIN or generic(name) in uncalled:
+                    continue
                 target = Target(
                     name=name,
                     out_features=module.out_features,
@@ -54,8 +60,7 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
                     targets.append(target)
     if not targets:
         raise UnsupportedModel(
-            f"{family} has no nn.Linear in a list of repeated blocks, so there is nothing to compress. "
-            "Fused expert tensors and Conv1D weights are not supported yet.",
+            f"{family} has no linear layer in a list of repeated blocks, so there is nothing to compress.",
             model=family,
         )
     return tuple(targets)
@@ -92,6 +97,19 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of blocks that read text: under the smallest module that holds the token embedding and such a list,
+    those that lie least deep."""
+    stacks = _all_stacks(model)
+    path = next((path for path, module in model.named_modules() if module is embedding_of(model)), "")
+    while path:
+        path = path.rpartition(".")[0]
+        depths = {name: name.count(".") for name in stacks if name.startswith(f"{path}." if path else "")}
+        if depths:
+            return {name: stacks[name] for name, depth in depths.items() if depth == min(depths.values())}
+    return stacks
+
+
+def _all_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     stacks: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in stacks)
@@ -100,23 +118,24 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return stacks
 
 
+def embedding_of(model: nn.Module, getter: str = "get_input_embeddings") -> nn.Module | None:
+    """The table of token embeddings of a model, or what another of its getters finds; None where there is none."""
+    try:
+        module: nn.Module | None = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return module
+
+
 def _embeddings(model: nn.Module) -> set[int]:
-    found = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if module is not None:
-            found.add(id(module))
-    return found
+    found = (embedding_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    return {id(module) for module in found if module is not None}
 
 
-def _check_plain(name: str, module: nn.Linear) -> None:
-    plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
-    if not plain or not module.weight.is_floating_point():
+def _check_unquantized(name: str, module: nn.Linear) -> None:
+    if type(module.weight.data) is not torch.Tensor or not module.weight.is_floating_point():
         raise UnsupportedModel(
-            f"{name} is a {type(module).__name__} with {module.weight.dtype} weights, not a plain nn.Linear; "
+            f"{name} is a {type(module).__name__} with {module.weight.dtype} weights; "
             "submit the original, unquantized checkpoint.",
             target=name,
         )
@@ -125,7 +144,7 @@ def _check_plain(name: str, module: nn.Linear) -> None:
 def _kind(block: nn.Module, below: str) -> str:
     parts, module = [], block
     for part in below.split(".") if below else []:
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, (nn.ModuleList, FusedExperts)):
             parts.append(part)
         module = module.get_submodule(part)
     return ".".join(parts) or type(block).__name__

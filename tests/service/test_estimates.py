@@ -46,22 +46,53 @@ def test_targets_are_those_the_worker_finds(settings: Settings, allowed: Path) -
         assert set(find_targets(read_folder(allowed / family, settings))) == set(find_in_model(model))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "llava"])
+def test_files_that_name_or_turn_things_otherwise_tell_the_same_sizes(
+    settings: Settings, allowed: Path, family: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from ranksearch.worker.plain import make_plain
+    from ranksearch.worker.targets import find_targets as find_in_model
+
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 90}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 4}
+    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings_of = {
+        "gpt2": {"vocab_size": 90, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "gpt_oss": text,
+        "llava": {"text_config": text | {"model_type": "llama"}, "vision_config": vision, "image_token_index": 89},
+    }
+    config = transformers.AutoConfig.for_model(family, **settings_of[family], bos_token_id=0, eos_token_id=1)
+    auto = transformers.AutoModelForImageTextToText if family == "llava" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    model.save_pretrained(allowed / family)
+    make_plain(model)
+    sizes = sorted((t.depth, t.parameters, t.marginal) for t in find_in_model(model))
+    found = find_targets(read_folder(allowed / family, settings))
+    routers = [t for t in found if t.kind == "mlp.router"]  # whose matrix is no layer in the model
+    assert sorted((t.depth, t.parameters, t.marginal) for t in found if t not in routers) == sizes
+
+
 def test_experts_and_towers_are_told_apart() -> None:
     found = find_targets(
         tensors(
             ("model.layers.0.mlp.experts.3.up_proj.weight", (64, 32)),
             ("model.layers.0.mlp.gate.weight", (4, 32)),
             ("vision.blocks.0.fc.weight", (32, 32)),
-            ("model.layers.0.mlp.fused.weight", (4, 64, 32)),
+            ("model.layers.0.mlp.fused.down_proj", (2, 64, 32)),
+            ("model.layers.0.mlp.fused.down_proj_bias", (2, 64)),
+            ("model.layers.0.conv.weight", (64, 1, 4)),
             ("model.layers.0.score.weight", (1, 32)),
             ("model.layers.0.norm.weight", (32,)),
             ("model.embed_tokens.weight", (100, 32)),
+            ("lm_head.weight", (100, 32)),
         )
     )
     assert [(t.name, t.kind) for t in found] == [
-        ("model.layers.0.mlp.experts.3.up_proj", "model.layers.mlp.experts.up_proj"),
-        ("model.layers.0.mlp.gate", "model.layers.mlp.gate"),
-        ("vision.blocks.0.fc", "vision.blocks.fc"),
+        ("model.layers.0.mlp.experts.3.up_proj", "mlp.experts.up_proj"),
+        ("model.layers.0.mlp.fused.down_proj.0", "mlp.fused.down_proj"),
+        ("model.layers.0.mlp.fused.down_proj.1", "mlp.fused.down_proj"),
+        ("model.layers.0.mlp.gate", "mlp.gate"),
     ]
 
 

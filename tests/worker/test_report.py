@@ -122,3 +122,10 @@ def test_a_local_model_is_named_without_its_path(report: dict[str, Any]) -> None
     assert "# mine, 0.7" in card
     assert "/home" not in card
     assert "base_model" not in card
+
+
+def test_the_card_names_the_class_that_loads_the_checkpoint(report: dict[str, Any]) -> None:
+    assert "AutoModelForCausalLM.from_pretrained" in model_card(report)
+    card = model_card(report, auto_class="AutoModelForImageTextToText")
+    assert "import AutoModelForImageTextToText, AutoTokenizer" in card
+    assert "AutoModelForCausalLM" not in card

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
-from ranksearch.worker.targets import check_weights, find_targets
+from ranksearch.worker.targets import block_stack, check_weights, find_targets
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -61,18 +61,41 @@ def test_several_stacks_keep_their_kinds_apart():
     ]
 
 
+class Tower(nn.Module):
+    """Embedding and blocks of text beside blocks of something else, and more of those deeper inside."""
+
+    def __init__(self, *, together):
+        super().__init__()
+        self.language = nn.Module()
+        owner = self if together else self.language
+        owner.embed = nn.Embedding(9, 8)
+        owner.layers = nn.ModuleList([nn.Linear(8, 8)])
+        owner.images = nn.Module()
+        owner.images.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.vision = nn.ModuleList([nn.Linear(8, 8)]) if not together else None
+        self.get_input_embeddings = lambda: owner.embed
+
+
+@pytest.mark.parametrize(("together", "name"), [(True, "layers.0"), (False, "language.layers.0")])
+def test_only_the_blocks_nearest_to_the_embedding_read_text(together, name):
+    model = Tower(together=together)
+    assert [t.name for t in find_targets(model)] == [name]
+    assert block_stack(model) == [name]
+
+
 def test_a_model_without_linear_layers_is_refused(tiny):
-    with pytest.raises(UnsupportedModel, match="Conv1D"):
+    with pytest.raises(UnsupportedModel, match="no linear layer"):
         find_targets(tiny("gpt2"))
 
 
 def test_quantized_layers_are_refused_by_name(tiny):
-    class Linear4bit(nn.Linear):
+    class Linear8bit(nn.Linear):
         pass
 
     model = tiny()
-    model.model.layers[1].mlp.up_proj = Linear4bit(24, 40)
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.up_proj is a Linear4bit"):
+    layer = model.model.layers[1].mlp.up_proj = Linear8bit(24, 40)
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.up_proj is a Linear8bit with torch.int8"):
         find_targets(model)
 
 
