@@ -227,7 +227,7 @@ def test_watch_follows_to_the_end(run: Run, running: str, jobs: Jobs) -> None:
 
 
 def test_watch_says_that_there_is_nobody_to_work(
-    run: Run, jobs: Jobs, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+    run: Run, url: str, jobs: Jobs, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "LONELY_SECONDS", 0.0)
     waiting = jobs.create(spec).id
