@@ -127,4 +127,5 @@ def _compensation(A: Tensor, B: Tensor, rounded: Tensor, eps: float) -> Tensor:
     ridge = eps * norms.where(norms > 0, norms.new_ones(()))
     system = torch.cat([rounded, ridge.diag()], dim=1)
     wanted = torch.cat([A @ (B - rounded), torch.zeros_like(A)], dim=1)
-    return torch.linalg.lstsq(system.mT, wanted.mT).solution.mT
+    change: Tensor = torch.linalg.lstsq(system.mT, wanted.mT).solution.mT
+    return change

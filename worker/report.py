@@ -97,7 +97,7 @@ def build_budget(
                 target.name: {
                     **facts.get(target.name, {}),
                     "shape": [target.out_features, target.in_features],
-                    "form": "dense" if ranks[target.name] >= target.full_rank else "factored",
+                    "form": "dense" if ranks[target.name] >= target.full_rank else space.form,
                     "rank": ranks[target.name],
                     "predicted_loss": float(np.square(spectra[target.name][ranks[target.name] :]).sum()),
                 }

@@ -92,14 +92,6 @@ def test_coefficients_make_up_for_rounded_pivot_rows() -> None:
     assert fitted < 0.9 * error(pivot(left, right), left, right, torch.bfloat16)
 
 
-def test_it_is_reproducible() -> None:
-    left, right = factors(60, 50, 30)
-    one, two = (pivot(left, right, torch.bfloat16) for _ in range(2))
-    assert torch.equal(one.pivot, two.pivot)
-    assert torch.equal(one.rest, two.rest)
-    assert torch.equal(one.order, two.order)
-
-
 def test_a_factor_that_is_not_finite_names_its_target() -> None:
     left, right = factors(8, 6, 3)
     left[2, 1] = float("inf")
