@@ -157,8 +157,8 @@ def model_card(report: Mapping[str, Any], *, source_card: str | None = None) -> 
             f"# {name}, {budget_label(budget['kept'])} of its parameters kept",
             "",
             f"Low-rank version of `{name}` made by ranksearch: the weight matrices of its decoder blocks keep "
-            f"{budget['kept_exact']:.4f} of their parameters, most of them as a product of two thin matrices. How much "
-            "each matrix keeps was found by a Bayesian search.",
+            f"{budget['kept_exact']:.4f} of their parameters, most of them at a lower rank (form "
+            f"`{spec['method']['form']}`). How much each matrix keeps was found by a Bayesian search.",
             "",
             *_usage(),
             *_scores(budget),
