@@ -14,12 +14,13 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.space import RankSpace, uniform
+from ranksearch.search.targets import Form
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.calibrate import calibrate
 from ranksearch.worker.evaluate import Evaluation
@@ -39,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", required=True, help="text file to score")
     parser.add_argument("--kept", default="0.6,0.4,0.25", help="budgets, comma separated")
     parser.add_argument("--metrics", default=",".join(METRICS))
+    parser.add_argument("--form", choices=get_args(Form), default="factored")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=256, help="calibration sequences")
     parser.add_argument("--test-sequences", type=int, default=512)
@@ -67,7 +69,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     check_weights(model)
     targets = find_targets(model)
-    space = RankSpace(targets=targets)
+    space = RankSpace(targets=targets, form=args.form)
     for kept in budgets:
         space.check_budget(kept)
     calibration_blocks, test = read_blocks(args, tokenizer)
@@ -78,6 +80,7 @@ def main() -> None:
     evaluation = Evaluation(model, test)
     dense = evaluation.dense.perplexity
     print(f"{args.model}: {len(targets)} targets, {space.parameters:,} parameters, {model.dtype} on {model.device}")
+    print(f"form {args.form}")
     print(f"{calibration.total_tokens:,} calibration tokens, {evaluation.dense.tokens:,} predicted test tokens")
     print(f"dense test perplexity {dense:.2f}; calibrated in {seconds['calibrate']:.1f} s\n")
     print(
@@ -91,7 +94,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for metric in args.metrics.split(","):
         begun = time.perf_counter()
-        bank = build_bank(model, targets, calibration, metric=metric, damping=args.damping)
+        bank = build_bank(model, targets, calibration, metric=metric, damping=args.damping, full=args.form == "pivoted")
         seconds[f"factor {metric}"] = time.perf_counter() - begun
         allocator = Allocator(space, bank.spectra)
         with PrefixModel(model, bank, targets) as prefix:

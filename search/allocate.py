@@ -7,13 +7,13 @@ components of the largest value per parameter: one sort over all components of a
 Notation:
     d        number of targets
     z        `(d,)`, a log weight per target: the loss to minimize is sum_i exp(z_i) E_i(r_i)
-    segment  an indivisible step of one target: a block of `rank_multiple` components, or a jump to dense
+    segment  an indivisible step of one target: a block of `rank_multiple` components, or a jump over several of them
     density  loss saved / parameters spent by a segment
     lambda   log of the multiplier: a vector takes all segments with log density + z_i >= lambda
 
-Dense is one more option: from rank r it costs m n - r (m + n) and removes the whole tail. On the concave hull of a
-target's (parameters, loss saved) curve the jump starts at the rank r* with the smallest E(r) / (m n - r (m + n)); from
-there on the jump is worth more per parameter than any further block.
+Value per parameter need not fall along a target's path: dense removes the whole tail at once, and in form `pivoted`
+each rank costs less than the one before, m + n - 2r - 1. So segments are those of the concave hull of the target's
+(parameters, loss saved) points; a hull segment that passes over several ranks is a jump.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _RANGE = 80.0
 """Log densities are kept within this distance of the largest; exp(-80) of a component is no component."""
 _ROW = 1000.0
 """Distance between the keys of neighbouring rows; larger than `_RANGE` plus any spread of log weights in use."""
-_BLOCKED_ROUNDS = 6
+_STEPWISE_ROUNDS = 6
+_NEGLIGIBLE = 1 / 4000
+"""A jump smaller than this share of the budget is not worth a second look when it does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,10 @@ class Allocator:
     def waterfill(self, kept: float, log_weights: Floats) -> Ranks:
         """The vector that minimizes sum_i exp(z_i) E_i(r_i) within the budget, which it uses exactly from below.
 
-        A bisection on lambda takes whole hull segments. Where the first segment that no longer fits is a jump to
-        dense, both ways on are followed (the target stays factored; the target is dense and the others pay) and the
-        better one is kept. What is left is filled one allowed rank at a time by value per parameter.
+        A bisection on lambda takes whole hull segments. Where the first segment that no longer fits is a jump over
+        several ranks, three ways on are followed (the target takes what is left; it goes up rank by rank after all; it
+        jumps and the others pay) and the best one is kept. What is left is filled one allowed rank at a time by value
+        per parameter.
 
         Args:
             kept: The budget.
@@ -109,27 +112,30 @@ class Allocator:
         z = np.asarray(log_weights, dtype=np.float64)
         z = np.clip(z - z.mean(), -_RANGE, _RANGE)
         targets = len(self.space.targets)
-        rows = np.arange(targets)
-        ranks, split = self._fill_hull(kept, z, rows)
-        if split is None:
+        rows, pins = np.arange(targets), np.full(targets, -1)
+        ranks, jump = self._fill_hull(kept, z, rows, pins)
+        if jump is None:
             return self._fill(kept, z, ranks)
-        forced = rows.copy()
-        forced[split] += 2 * targets
-        candidates = [self._follow(kept, z, forced)]
-        rows[split] += targets
-        candidates.append(self._follow(kept, z, rows))
+        target, landing = jump
+        stepwise, landed = rows.copy(), pins.copy()
+        stepwise[target] += targets
+        landed[target] = landing
+        candidates = [
+            self._fill(kept, z, self._stretch(kept, ranks, target)),
+            self._follow(kept, z, stepwise, pins),
+            self._follow(kept, z, rows, landed),
+        ]
         return min((c for c in candidates if c is not None), key=lambda c: self.loss(c, z))
 
     def tilts(self, ranks: Ranks) -> Floats:
         """Log weights z with mean zero under which water-filling gives back these ranks, up to rounding; `(d,)`.
 
-        At the optimum log density_i(r_i) + z_i = lambda for every target, with the density at r_i read between the last
-        segment taken and the first one left. A target at its smallest rank or dense only bounds its z from one side
-        and gets the value nearest zero.
+        At the optimum log density_i(r_i) + z_i = lambda for every target, with the density at r_i read between the hull
+        segments before and after it; inside a segment it is that segment's own. A target at its smallest rank or dense
+        only bounds its z from one side and gets the value nearest zero.
         """
         space = self.space
-        after = self._log_density(ranks, space.next_ranks(ranks))
-        before = self._log_density(space.previous_ranks(ranks), ranks)
+        before, after = self._hull_densities(ranks)
         dense, low = ranks >= space.full_ranks, ranks <= space.low_ranks
         inner = ~dense & ~low
         if not inner.any():
@@ -137,42 +143,85 @@ class Allocator:
         here = (before + after) / 2
         level = here[inner].mean()
         z = np.where(low, np.minimum(level - after, 0.0), level - here)
-        z = np.where(dense, np.maximum(level - self._jumps, 0.0), z)
+        z = np.where(dense, np.maximum(level - before, 0.0), z)
         z = np.where(space.low_ranks < space.full_ranks, z, 0.0)
         return np.asarray(z - z.mean())
 
-    def _follow(self, kept: float, z: Floats, rows: Ranks) -> Ranks | None:
-        """Water-filling over the given rows; further jumps that do not fit leave their targets factored."""
+    def _hull_densities(self, ranks: Ranks) -> tuple[Floats, Floats]:
+        """Log density of the hull segments that end and begin at each rank, or hold it; `(d,)` each."""
+        rows, starts = np.arange(len(ranks)), self._segments.starts
+        place = np.searchsorted(self._vertices, rows * self._row_width + ranks, side="right") - 1
+        inside = self._vertices[place] < rows * self._row_width + ranks
+        segment = place - rows
+        last = np.maximum(starts[rows + 1] - 1, starts[rows])
+        before = np.clip(np.where(inside, segment, segment - 1), starts[rows], last)
+        after = np.clip(segment, starts[rows], last)
+        density = rows * _ROW - self._segments.keys[np.minimum([before, after], len(self._segments.keys) - 1)]
+        return density[0], density[1]
+
+    def _follow(self, kept: float, z: Floats, rows: Ranks, pins: Ranks) -> Ranks | None:
+        """Water-filling over the given rows; targets whose further jumps do not fit go up rank by rank."""
         targets = len(self.space.targets)
-        for _ in range(_BLOCKED_ROUNDS):
-            ranks, split = self._fill_hull(kept, z, rows)
+        for _ in range(_STEPWISE_ROUNDS):
+            ranks, jump = self._fill_hull(kept, z, rows, pins)
             if self.space.cost(ranks) > self.space.budget(kept):
                 return None
-            if split is None:
+            if jump is None:
+                break
+            if rows[jump[0]] >= targets:
+                ranks = self._stretch(kept, ranks, jump[0])
                 break
             rows = rows.copy()
-            rows[split] += targets
+            rows[jump[0]] += targets
         return self._fill(kept, z, ranks)
 
-    def _fill_hull(self, kept: float, z: Floats, rows: Ranks) -> tuple[Ranks, int | None]:
-        """All segments above the smallest lambda that fits; and the first target whose jump to dense does not fit."""
+    def _fill_hull(self, kept: float, z: Floats, rows: Ranks, pins: Ranks) -> tuple[Ranks, tuple[int, int] | None]:
+        """All segments above the smallest lambda that fits.
+
+        Args:
+            kept: The budget.
+            z: Log weights.
+            rows: The row of each target, `(d,)`.
+            pins: Place in `_Segments.ranks` of targets that are settled, or -1; `(d,)`.
+
+        Returns:
+            The ranks; and the first target whose next segment jumps over several ranks, does not fit and is not
+            negligible, with the place where it would land.
+        """
         budget, segments = self.space.budget(kept), self._segments
         low, high = self._floor + z.min() - 1, self._ceiling + z.max() + 1
-        at_low, at_high = segments.taken(rows, low - z), segments.taken(rows, high - z)
+
+        def at(level: float) -> Ranks:
+            return np.where(pins < 0, segments.taken(rows, level - z), pins)
+
+        at_low, at_high = at(low), at(high)
         for _ in range(48):
             if int(segments.costs[at_low].sum()) <= budget:
                 return segments.ranks[at_low], None
             middle = (low + high) / 2
-            at = segments.taken(rows, middle - z)
-            if int(segments.costs[at].sum()) <= budget:
-                high, at_high = middle, at
+            at_middle = at(middle)
+            if int(segments.costs[at_middle].sum()) <= budget:
+                high, at_high = middle, at_middle
             else:
-                low, at_low = middle, at
+                low, at_low = middle, at_middle
             if int(np.abs(at_low - at_high).sum()) <= 1:
                 break
+        # segments of equal density: the first targets take theirs as long as they fit
+        steps = np.cumsum(segments.costs[at_low] - segments.costs[at_high])
+        at_high = np.where(steps <= budget - segments.costs[at_high].sum(), at_low, at_high)
         ranks, following = segments.ranks[at_high], segments.ranks[at_low]
-        jumps = np.flatnonzero((following == self.space.full_ranks) & (ranks < self.space.full_ranks))
-        return ranks, int(jumps[0]) if jumps.size else None
+        size = segments.costs[at_low] - segments.costs[at_high]
+        jumps = np.flatnonzero((following > self.space.next_ranks(ranks)) & (size > _NEGLIGIBLE * budget))
+        return ranks, (int(jumps[0]), int(at_low[jumps[0]])) if jumps.size else None
+
+    def _stretch(self, kept: float, ranks: Ranks, target: int) -> Ranks:
+        """Raise one target as far as the budget allows."""
+        levels = self._levels(target)
+        left = self.space.budget(kept) - self.space.cost(ranks)
+        room = left + int(self.space.costs_of(target, ranks[target : target + 1])[0])
+        ranks = ranks.copy()
+        ranks[target] = levels[np.searchsorted(self.space.costs_of(target, levels), room, side="right") - 1]
+        return ranks
 
     def _fill(self, kept: float, z: Floats, ranks: Ranks) -> Ranks:
         """Use what is left one allowed rank at a time, the largest value per parameter first."""
@@ -185,53 +234,45 @@ class Allocator:
         return np.asarray(np.log(saved / steps))
 
     def _sort(self) -> _Segments:
-        """Rows 0..d-1: hull segments; d..2d-1: blocks only (the jump is blocked); 2d..3d-1: dense, nothing to take."""
-        space, keys, starts, ranks, costs = self.space, [], [0], [], []
-        everything = [self._blocks(i) for i in range(len(space.targets))]
-        hulls = [self._hull(i, blocks) for i, blocks in enumerate(everything)]
-        dense = [space.full_ranks[i : i + 1] for i in range(len(space.targets))]
-        densities = [self._densities(i % len(dense), path) for i, path in enumerate([*hulls, *everything])]
+        """Rows 0..d-1: hull segments; d..2d-1: the ranks below dense, one by one."""
+        space, targets = self.space, range(len(self.space.targets))
+        hulls = [self._hull(i, self._levels(i)) for i in targets]
+        stepwise = [levels[:-1] if len(levels := self._levels(i)) > 1 else levels for i in targets]
+        paths = [*enumerate(hulls), *enumerate(stepwise)]
+        self._row_width = int(space.full_ranks.max()) + 1
+        self._vertices = np.concatenate([i * self._row_width + hull for i, hull in enumerate(hulls)])
+        densities = [self._densities(i, path) for i, path in paths]
         flat = np.concatenate(densities)
         self._ceiling = float(flat.max()) if flat.size else 0.0
         self._floor = self._ceiling - _RANGE
-        self._jumps = np.array([density[-1] if len(density) else 0.0 for density in densities[: len(dense)]])
-        for row, path in enumerate([*hulls, *everything, *dense]):
-            target = row % len(dense)
-            density = densities[row] if row < len(densities) else np.empty(0)
-            keys.append(row * _ROW - np.minimum.accumulate(np.maximum(density, self._floor)))
-            starts.append(starts[-1] + len(density))
-            ranks.append(path)
-            costs.append(self._path_costs(target, path))
+        keys = [
+            row * _ROW - np.minimum.accumulate(np.maximum(density, self._floor))
+            for row, density in enumerate(densities)
+        ]
         return _Segments(
             keys=np.concatenate(keys),
-            starts=np.array(starts, dtype=np.int64),
-            ranks=np.concatenate(ranks),
-            costs=np.concatenate(costs),
+            starts=np.concatenate([[0], np.cumsum([len(density) for density in densities])]).astype(np.int64),
+            ranks=np.concatenate([path for _, path in paths]),
+            costs=np.concatenate([space.costs_of(i, path) for i, path in paths]),
         )
 
-    def _blocks(self, target: int) -> Ranks:
-        """The factored ranks of a target, ascending; its full rank where there are none; `(levels,)`."""
-        low, top = int(self.space.low_ranks[target]), int(self.space.top_ranks[target])
-        return np.arange(low, top + 1, self.space.rank_multiple, dtype=np.int64)
+    def _levels(self, target: int) -> Ranks:
+        """The allowed ranks of a target, ascending; `(levels,)`."""
+        space = self.space
+        low, top, full = (int(bound[target]) for bound in (space.low_ranks, space.top_ranks, space.full_ranks))
+        below = np.arange(low, top + 1, space.rank_multiple, dtype=np.int64)
+        return below if top == full else np.append(below, full)
 
-    def _hull(self, target: int, blocks: Ranks) -> Ranks:
-        """The ranks on the concave hull: blocks up to r*, then dense; `(levels,)`."""
-        full = int(self.space.full_ranks[target])
-        if blocks[0] == full:
-            return blocks
-        tail = self._tails[self._tail_starts[target] + blocks]
-        slope = tail / (self.space.dense_costs[target] - self._path_costs(target, blocks))
-        return np.append(blocks[: int(np.argmin(slope)) + 1], full)
-
-    def _path_costs(self, target: int, path: Ranks) -> Ranks:
-        dense, marginal = int(self.space.dense_costs[target]), int(self.space.marginals[target])
-        costs: Ranks = np.where(path == self.space.full_ranks[target], dense, path * marginal)
-        return costs
+    def _hull(self, target: int, levels: Ranks) -> Ranks:
+        """The ranks on the concave hull of (parameters, loss saved), ascending; `(vertices,)`."""
+        costs = self.space.costs_of(target, levels)
+        saved = -self._tails[self._tail_starts[target] + levels]
+        return levels[_concave_hull(costs, saved)]
 
     def _densities(self, target: int, path: Ranks) -> Floats:
-        """Log density of each step of a path of ranks; `(levels - 1,)`."""
+        """Log density of each step of a path of ranks; `(steps,)`."""
         saved = -np.diff(self._tails[self._tail_starts[target] + path])
-        return np.asarray(np.log(np.maximum(saved, self._tiny) / np.diff(self._path_costs(target, path))))
+        return np.asarray(np.log(np.maximum(saved, self._tiny) / np.diff(self.space.costs_of(target, path))))
 
 
 def _tail(name: str, full_rank: int, spectra: Mapping[str, Floats]) -> Floats:
@@ -244,3 +285,19 @@ def _tail(name: str, full_rank: int, spectra: Mapping[str, Floats]) -> Floats:
     tail = np.zeros(full_rank + 1)
     tail[: len(squares)] = np.cumsum(squares[::-1])[::-1]
     return tail
+
+
+def _concave_hull(x: Ranks, y: Floats) -> Ranks:
+    """Indices of the vertices of the upper concave hull of points with ascending x; points on an edge are kept."""
+    slopes = np.diff(y) / np.diff(x)
+    rising = np.flatnonzero(slopes[1:] > slopes[:-1])
+    head = int(rising[0]) + 2 if rising.size else len(x)
+    hull, xs, ys = list(range(head)), x.tolist(), y.tolist()
+    for new in range(head, len(xs)):
+        while len(hull) > 1:
+            one, two = hull[-2], hull[-1]
+            if (ys[two] - ys[one]) * (xs[new] - xs[one]) >= (ys[new] - ys[one]) * (xs[two] - xs[one]):
+                break
+            hull.pop()
+        hull.append(new)
+    return np.array(hull, dtype=np.int64)

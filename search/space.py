@@ -2,9 +2,12 @@
 
 A target of shape `m x n` may be stored as
 
-* form `factored` at rank r, with r (m + n) parameters, r a multiple of `rank_multiple` up to its break-even rank, or
-* form `dense`, with m n parameters, written as its full rank min(m, n). Break-even lies below min(m, n), so a rank
-names its form.
+* form `factored` at rank r, with r (m + n) parameters, up to the break-even rank below which that is less than m n, or
+* form `pivoted` at rank r, with r (m + n - r) parameters, which is less than m n for every rank below min(m, n), or
+* form `dense`, with m n parameters, written as its full rank min(m, n).
+
+A space has one of the first two forms, its ranks are multiples of `rank_multiple`, and dense is always allowed; so a
+rank names its form. The indices of form `pivoted` count as bytes, not as parameters.
 
 A budget is met *exactly from below*: a vector costs no more than the budget, and no target could be raised to its next
 allowed rank with what is left.
@@ -24,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
-from ranksearch.search.targets import Target
+from ranksearch.search.targets import Form, Target
 
 Ranks = npt.NDArray[np.int64]
 """One rank per target, `(targets,)`, in the order of `RankSpace.targets`; the full rank means dense."""
@@ -38,8 +41,9 @@ class RankSpace:
 
     Attributes:
         targets: The matrices, in the order of every rank vector.
-        rank_multiple: Factored ranks are multiples of this number.
+        rank_multiple: Ranks below full rank are multiples of this number.
         keep_dense: Shell patterns of target names that always stay dense.
+        form: How targets below full rank are stored.
 
     Raises:
         InvalidInput: There is no target, or a pattern of `keep_dense` matches none.
@@ -48,6 +52,7 @@ class RankSpace:
     targets: tuple[Target, ...]
     rank_multiple: int = 1
     keep_dense: tuple[str, ...] = ()
+    form: Form = "factored"
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -66,7 +71,7 @@ class RankSpace:
 
     @cached_property
     def marginals(self) -> Ranks:
-        """Parameters one more rank costs, m + n; `(targets,)`."""
+        """m + n; `(targets,)`."""
         return np.array([t.marginal for t in self.targets], dtype=np.int64)
 
     @cached_property
@@ -76,12 +81,12 @@ class RankSpace:
 
     @cached_property
     def top_ranks(self) -> Ranks:
-        """The largest factored rank of each target; its full rank where no factored rank is allowed; `(targets,)`."""
+        """The largest allowed rank of each target below dense; its full rank where there is none; `(targets,)`."""
         multiple = self.rank_multiple
-        top = [t.break_even // multiple * multiple for t in self.targets]
+        top = [t.largest_rank(self.form) // multiple * multiple for t in self.targets]
         fixed = [any(fnmatchcase(t.name, p) for p in self.keep_dense) for t in self.targets]
-        factored = [rank > 0 and not f for rank, f in zip(top, fixed, strict=True)]
-        return np.where(factored, top, self.full_ranks).astype(np.int64)
+        free = [rank > 0 and not f for rank, f in zip(top, fixed, strict=True)]
+        return np.where(free, top, self.full_ranks).astype(np.int64)
 
     @cached_property
     def low_ranks(self) -> Ranks:
@@ -99,11 +104,20 @@ class RankSpace:
         return self.cost(self.low_ranks)
 
     def costs(self, ranks: Ranks) -> Ranks:
-        """Kept parameters of each target; `(targets,)`."""
-        return np.where(ranks >= self.full_ranks, self.dense_costs, ranks * self.marginals)
+        """Kept parameters of each target; `(..., targets)` like `ranks`."""
+        return np.where(ranks >= self.full_ranks, self.dense_costs, self._below(ranks, self.marginals))
+
+    def costs_of(self, index: int, ranks: Ranks) -> Ranks:
+        """Kept parameters of one target at several ranks; shaped like `ranks`."""
+        target = self.targets[index]
+        return np.where(ranks >= target.full_rank, target.parameters, self._below(ranks, target.marginal))
+
+    def _below(self, ranks: Ranks, sides: Ranks | int) -> Ranks:
+        """Kept parameters below full rank, where `sides` is m + n."""
+        return ranks * (sides - ranks) if self.form == "pivoted" else ranks * sides
 
     def cost(self, ranks: Ranks) -> int:
-        """Kept parameters: m n for a dense target, r (m + n) for a factored one."""
+        """Kept parameters: m n for a dense target, r (m + n) for a factored one, r (m + n - r) for a pivoted one."""
         return int(self.costs(ranks).sum())
 
     def kept(self, ranks: Ranks) -> float:
@@ -144,8 +158,8 @@ class RankSpace:
     def is_allowed(self, ranks: Ranks) -> bool:
         """Whether every rank is one its target may have."""
         dense = ranks == self.full_ranks
-        factored = (ranks >= self.low_ranks) & (ranks <= self.top_ranks) & (ranks % self.rank_multiple == 0)
-        return ranks.shape == self.full_ranks.shape and bool(np.all(dense | factored))
+        below = (ranks >= self.low_ranks) & (ranks <= self.top_ranks) & (ranks % self.rank_multiple == 0)
+        return ranks.shape == self.full_ranks.shape and bool(np.all(dense | below))
 
     def is_feasible(self, ranks: Ranks, kept: float) -> bool:
         """Whether every rank is allowed and the vector costs no more than the budget."""
@@ -228,8 +242,9 @@ def fill(space: RankSpace, ranks: Ranks, kept: float, value: Callable[[Ranks], F
 def uniform(space: RankSpace, kept: float) -> Ranks:
     """The same kept for every target that is free, with the budget used exactly from below.
 
-    The common level u is the highest one for which r_i = floor(u m n / (m + n)) (in multiples, at least the smallest
-    rank) fits; what is left then raises the targets that were rounded down most.
+    The common level u is the highest one for which the vector of the largest ranks that cost no more than u m n each
+    (in multiples, at least the smallest rank) fits; what is left then raises the targets that were rounded down most.
+    The rank is u m n / (m + n) for form `factored`, and the smaller root of r (m + n - r) = u m n for `pivoted`.
 
     Raises:
         ImpossibleBudget: No vector meets the budget.
@@ -238,10 +253,12 @@ def uniform(space: RankSpace, kept: float) -> Ranks:
     budget = space.budget(kept)
     if space.parameters <= budget:
         return space.full_ranks.copy()
-    share = space.dense_costs / (space.marginals * space.rank_multiple)
 
     def at(level: float) -> Ranks:
-        ranks = np.floor(level * share).astype(np.int64) * space.rank_multiple
+        spent, per_rank = level * space.dense_costs, space.marginals.astype(np.float64)
+        if space.form == "pivoted":
+            per_rank = (per_rank + np.sqrt(np.maximum(per_rank**2 - 4 * spent, 0.0))) / 2
+        ranks = np.floor(spent / (per_rank * space.rank_multiple)).astype(np.int64) * space.rank_multiple
         return np.clip(ranks, space.low_ranks, space.top_ranks)
 
     low, high = 0.0, 1.0

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from ranksearch.search.targets import Form
+
 
 def _share(kept: float) -> float:
     if not 0 < kept <= 1:
@@ -97,7 +99,11 @@ class Method(_Part):
 
     preset: Literal["ranksearch"] = "ranksearch"
     metric: Literal["weight", "feature", "two_sided"] = "two_sided"
-    form: Literal["factored"] = "factored"
+    form: Form = Field(
+        "factored",
+        description="How a compressed target is stored: `factored` as two thin matrices, `pivoted` as some of its rows "
+        "and the other rows as combinations of these, which holds more ranks in the same parameters.",
+    )
     rank_multiple: Annotated[int, Field(ge=1, le=4096)] = 1
     keep_dense: list[str] = Field(default_factory=list, description="Shell patterns of target names, e.g. `*.v_proj`.")
     refine: Annotated[list[str], Field(max_length=0)] = Field(

@@ -313,6 +313,7 @@ class RankStudy:
             "targets": rows,
             "rank_multiple": self.space.rank_multiple,
             "keep_dense": list(self.space.keep_dense),
+            "form": self.space.form,
         }
         self._storage.set_study_system_attr(self._study_id, SPACE, json.loads(json.dumps(table)))
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["factored", "pivoted"]
+"""How a target below full rank is stored; see `ranksearch.search.space`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,5 +44,9 @@ class Target:
 
     @property
     def break_even(self) -> int:
-        """The largest rank whose two factors hold fewer parameters than the dense matrix."""
+        """The largest rank whose two factors (form `factored`) hold fewer parameters than the dense matrix."""
         return (self.parameters - 1) // self.marginal
+
+    def largest_rank(self, form: Form) -> int:
+        """The largest rank that holds fewer parameters than the dense matrix; 0 when there is none."""
+        return self.full_rank - 1 if form == "pivoted" else self.break_even

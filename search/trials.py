@@ -50,7 +50,12 @@ def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace 
     if table is None:
         return None
     targets = tuple(Target(**dict(zip(table["columns"], row, strict=True))) for row in table["targets"])
-    return RankSpace(targets=targets, rank_multiple=table["rank_multiple"], keep_dense=tuple(table["keep_dense"]))
+    return RankSpace(
+        targets=targets,
+        rank_multiple=table["rank_multiple"],
+        keep_dense=tuple(table["keep_dense"]),
+        form=table.get("form", "factored"),  # studies older than the choice of a form
+    )
 
 
 def row(trial: FrozenTrial) -> dict[str, Any]:

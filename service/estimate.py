@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 from ranksearch.search.errors import RanksearchError
-from ranksearch.search.space import RankSpace
+from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import JobSpec
 from ranksearch.search.targets import Target
 from ranksearch.service.models import BYTES_PER_ELEMENT, Tensors, find_targets
 from ranksearch.service.problems import at
 
 _WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+_INDEX_BYTES: Final = 4  # of each row of a target in form `pivoted`
 _TRIAL_TOKENS_AT_ONCE: Final = 4096
 _SVD_OPERATIONS: Final = 25  # of one m x n decomposition, in units of m n min(m, n): two eigendecompositions and an SVD
 
@@ -34,7 +36,7 @@ class TargetKind(BaseModel):
     count: int
     out_features: int
     in_features: int
-    break_even_rank: int = Field(description="The largest rank whose factors are smaller than the dense matrix.")
+    break_even_rank: int = Field(description="The largest rank stored in fewer parameters than the dense matrix.")
 
 
 class BudgetEstimate(BaseModel):
@@ -88,7 +90,10 @@ def rank_space(spec: JobSpec, tensors: Tensors) -> RankSpace:
         targets = find_targets(tensors)
     with at("/method/keep_dense"):
         return RankSpace(
-            targets=targets, rank_multiple=spec.method.rank_multiple, keep_dense=tuple(spec.method.keep_dense)
+            targets=targets,
+            rank_multiple=spec.method.rank_multiple,
+            keep_dense=tuple(spec.method.keep_dense),
+            form=spec.method.form,
         )
 
 
@@ -118,7 +123,7 @@ def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
         parameters=Parameters(model=model, targets=space.parameters),
         model_bytes=stored,
         minimum_kept=_minimum_kept(space),
-        break_even=_break_even(space.targets),
+        break_even=_break_even(space),
         budgets=budgets,
         memory=memory,
         disk=disk,
@@ -130,8 +135,12 @@ def _budget(kept: float, spec: JobSpec, space: RankSpace, model: int, width: int
     targets = space.budget(kept)
     remaining = model - space.parameters + targets
     written = _WIDTH.get(spec.export.dtype, width)
+    indices = _INDEX_BYTES * sum(t.out_features for t in space.targets) if space.form == "pivoted" else 0
     return BudgetEstimate(
-        kept=kept, target_parameters=targets, model_parameters=remaining, checkpoint_bytes=remaining * written
+        kept=kept,
+        target_parameters=targets,
+        model_parameters=remaining,
+        checkpoint_bytes=remaining * written + indices,
     )
 
 
@@ -143,10 +152,10 @@ def _minimum_kept(space: RankSpace) -> float:
     return space.minimum / space.parameters
 
 
-def _break_even(targets: Iterable[Target]) -> list[TargetKind]:
+def _break_even(space: RankSpace) -> list[TargetKind]:
     counts: dict[tuple[str, int, int, int], int] = defaultdict(int)
-    for target in targets:
-        counts[target.kind, target.out_features, target.in_features, target.break_even] += 1
+    for target in space.targets:
+        counts[target.kind, target.out_features, target.in_features, target.largest_rank(space.form)] += 1
     return [
         TargetKind(kind=kind, count=count, out_features=rows, in_features=columns, break_even_rank=rank)
         for (kind, rows, columns, rank), count in counts.items()
@@ -189,6 +198,14 @@ def _disk(spec: JobSpec, space: RankSpace, budgets: Sequence[BudgetEstimate], wi
     )
 
 
+def _multiplied(space: RankSpace, kept: float) -> int:
+    """Parameters of the targets that a trial multiplies with: it runs two factors whatever the form."""
+    if space.form == "factored":
+        return space.budget(kept)
+    ranks = uniform(space, kept)
+    return int(np.where(ranks < space.full_ranks, ranks * space.marginals, space.dense_costs).sum())
+
+
 def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[str, float]:
     """Operations / speed: 2 per parameter and token forward, twice that backward."""
     calibration, evaluation = spec.calibration, spec.evaluation
@@ -197,7 +214,7 @@ def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[
     tested = sum((test.sequences or 512) * calibration.sequence_length for test in evaluation.test)
     passes = {"weight": 0, "feature": 2, "two_sided": 6}[spec.method.metric]
     targets = space.targets
-    trial = [2 * evaluated * (model - space.parameters + space.budget(kept)) for kept in spec.budget.kept]
+    trial = [2 * evaluated * (model - space.parameters + _multiplied(space, kept)) for kept in spec.budget.kept]
     operations = {
         "calibrate": tokens * (passes * model + 2 * _moment_numbers(spec, targets)),
         "factor": sum(_SVD_OPERATIONS * t.parameters * t.full_rank for t in targets),

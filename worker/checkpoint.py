@@ -1,7 +1,7 @@
-"""Exporting a checkpoint: a Hugging Face folder whose targets are stored dense or as two factors.
+"""Exporting a checkpoint: a Hugging Face folder whose targets are stored dense, as two factors, or in form `pivoted`.
 
-`T.right.weight` is `r x n`, `T.left.weight` is `m x r`, a bias moves to `T.left.bias`; `worker/loading.py` reads it.
-The model is never copied: tensors are written one shard at a time, factors straight from the views they are given as.
+`worker/loading.py` says how, and reads it. The model is never copied: tensors are written one shard at a time, factors
+straight from the views they are given as, pivot rows as they are chosen.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
-from ranksearch.search.targets import Target
+from ranksearch.search.targets import Form, Target
 from ranksearch.worker.fused import FusedExperts, layout
 from ranksearch.worker.loading import METHOD, VERSION
 from ranksearch.worker.models import PROCESSOR_FILES, TOKENIZER_FILES, weight_files
+from ranksearch.worker.pivot import pivot
 from ranksearch.worker.shards import Stored, appearing, headers, write_shards
 
 Pairs = Callable[[str, int], tuple[Tensor, Tensor]]
+_MATRICES = ("weight", "right.weight", "left.weight", "pivot.weight", "rest.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,8 @@ class Sizes:
     """What a model folder holds.
 
     Attributes:
-        targets: Parameters of the targets' matrices (biases not counted).
-        model: Parameters of the whole model, shared tensors once.
+        targets: Parameters of the targets' matrices (neither biases nor the indices of form `pivoted` are counted).
+        model: Parameters of the whole model, shared tensors once, without the indices.
         disk: Bytes of the weights files.
         loaded: Bytes of all tensors.
     """
@@ -52,6 +55,7 @@ def export(
     pairs: Pairs,
     ranks: Mapping[str, int],
     targets: Iterable[Target],
+    form: Form = "factored",
     dtype: str | torch.dtype = "auto",
     max_shard_bytes: int = 5_000_000_000,
 ) -> Sizes:
@@ -64,6 +68,7 @@ def export(
         pairs: `(name, rank)` to left `m x r` and right `r x n`; views are fine.
         ranks: Rank of each target; full rank, or no entry, means stored dense.
         targets: All targets of the model.
+        form: How targets below full rank are stored.
         dtype: Dtype of the floating tensors; `auto` keeps each tensor's own.
         max_shard_bytes: Largest size of a weights file.
 
@@ -76,19 +81,20 @@ def export(
     """
     folder, targets = Path(folder), tuple(targets)
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    factored = {t.name: ranks[t.name] for t in targets if ranks.get(t.name, t.full_rank) < t.full_rank}
-    tensors = _tensors(model, {t.name: t for t in targets}, factored, pairs, wanted)
+    below = {t.name: ranks[t.name] for t in targets if ranks.get(t.name, t.full_rank) < t.full_rank}
+    tensors = _tensors(model, {t.name: t for t in targets}, below, pairs, form, wanted)
     with appearing(folder) as draft:
         write_shards(draft, tensors, max_shard_bytes)
-        _write_rest(draft, model, tokenizer, targets, factored, wanted)
+        _write_rest(draft, model, tokenizer, targets, below, form, wanted)
         return count(draft, targets)
 
 
 def _tensors(
     model: nn.Module,
     targets: Mapping[str, Target],
-    factored: Mapping[str, int],
+    below: Mapping[str, int],
     pairs: Pairs,
+    form: Form,
     wanted: torch.dtype | None,
 ) -> dict[str, Stored]:
     for name in targets:
@@ -101,28 +107,25 @@ def _tensors(
     for key, tensor in _unshared(model).items():
         dtype = wanted if wanted is not None and tensor.is_floating_point() else tensor.dtype
         target, _, part = key.rpartition(".")
-        if target not in factored:
+        if target not in below:
             owner = target if target in targets else None
             stored[key] = Stored(shape=tuple(tensor.shape), dtype=dtype, load=_constant(tensor), target=owner)
         elif part == "bias":
-            stored[f"{target}.left.bias"] = Stored(
-                shape=tuple(tensor.shape), dtype=dtype, load=_constant(tensor), target=target
-            )
+            name = f"{target}.bias" if form == "pivoted" else f"{target}.left.bias"
+            stored[name] = Stored(shape=tuple(tensor.shape), dtype=dtype, load=_constant(tensor), target=target)
         else:
-            rank, m, n = factored[target], targets[target].out_features, targets[target].in_features
-            for side, shape in (("right", (rank, n)), ("left", (m, rank))):
-                load = _factor(pairs, target, rank, side, shape)
-                stored[f"{target}.{side}.weight"] = Stored(shape=shape, dtype=dtype, load=load, target=target)
-    return _fuse_dense(model, stored, factored)
+            make = _pivoted if form == "pivoted" else _factored
+            stored |= make(pairs, targets[target], below[target], dtype)
+    return _fuse_dense(model, stored, below)
 
 
-def _fuse_dense(model: nn.Module, stored: dict[str, Stored], factored: Mapping[str, int]) -> dict[str, Stored]:
-    """Expert tensors of which no expert is factored go back into one piece, as the model has them."""
+def _fuse_dense(model: nn.Module, stored: dict[str, Stored], below: Mapping[str, int]) -> dict[str, Stored]:
+    """Expert tensors of which every expert is dense go back into one piece, as the model has them."""
     for path, module in model.named_modules():
         if not isinstance(module, FusedExperts):
             continue
         names = [f"{path}.{index}" for index in range(len(module))]
-        if not any(name in factored for name in names):
+        if not any(name in below for name in names):
             parts = [stored.pop(f"{name}.weight") for name in names]
             stored[path] = Stored(shape=module.shape, dtype=parts[0].dtype, load=module.fused)
     return stored
@@ -130,6 +133,34 @@ def _fuse_dense(model: nn.Module, stored: dict[str, Stored], factored: Mapping[s
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
+
+
+def _factored(pairs: Pairs, target: Target, rank: int, dtype: torch.dtype) -> dict[str, Stored]:
+    name, m, n = target.name, target.out_features, target.in_features
+    return {
+        f"{name}.{side}.weight": Stored(
+            shape=shape, dtype=dtype, load=_factor(pairs, name, rank, side, shape), target=name
+        )
+        for side, shape in (("right", (rank, n)), ("left", (m, rank)))
+    }
+
+
+def _pivoted(pairs: Pairs, target: Target, rank: int, dtype: torch.dtype) -> dict[str, Stored]:
+    name, m, n = target.name, target.out_features, target.in_features
+    waiting: dict[str, Tensor] = {}
+
+    def load(part: str) -> Tensor:
+        if not waiting:
+            # all parts come from one choice of rows, wherever shards begin and end
+            found = pivot(*pairs(name, rank), dtype, name=name)
+            waiting.update({"pivot.weight": found.pivot, "rest.weight": found.rest, "order": found.order})
+        return waiting.pop(part)
+
+    parts = (("pivot.weight", (rank, n), dtype), ("rest.weight", (m - rank, rank), dtype), ("order", (m,), torch.int32))
+    return {
+        f"{name}.{part}": Stored(shape=shape, dtype=kind, load=partial(load, part), target=name)
+        for part, shape, kind in parts
+    }
 
 
 def _factor(pairs: Pairs, name: str, rank: int, side: str, shape: tuple[int, int]) -> Callable[[], Tensor]:
@@ -170,7 +201,8 @@ def _write_rest(
     model: Any,
     tokenizer: Any,
     targets: tuple[Target, ...],
-    factored: Mapping[str, int],
+    below: Mapping[str, int],
+    form: Form,
     wanted: torch.dtype | None,
 ) -> None:
     """Config, generation config, tokenizer and code files: as they came where the model was loaded from a folder."""
@@ -194,8 +226,8 @@ def _write_rest(
         "version": VERSION,
         "targets": {
             target.name: {
-                "form": "factored" if target.name in factored else "dense",
-                "rank": factored.get(target.name, target.full_rank),
+                "form": form if target.name in below else "dense",
+                "rank": below.get(target.name, target.full_rank),
                 "bias": model.get_submodule(target.name).bias is not None,
                 **layout(model, target.name),
             }
@@ -246,16 +278,17 @@ def count(folder: str | Path, targets: Iterable[Target]) -> Sizes:
     folder = Path(folder)
     stored = headers(weight_files(folder))
     sizes = {name: torch.Size(shape).numel() for name, (shape, _) in stored.items()}
-    total = 0
+    total = indices = 0
     for target in targets:
-        found = [f"{target.name}.{part}" for part in ("weight", "right.weight", "left.weight")]
+        found = [f"{target.name}.{part}" for part in _MATRICES]
         fused = target.name.rpartition(".")[0]
         if not any(name in sizes for name in (*found, fused)):
             raise BrokenWeights(f"{folder} holds no tensor of target {target.name}.", target=target.name)
         total += sum(sizes.get(name, 0) for name in found) if fused not in sizes else target.parameters
+        indices += sizes.get(f"{target.name}.order", 0)
     return Sizes(
         targets=total,
-        model=sum(sizes.values()),
+        model=sum(sizes.values()) - indices,
         disk=sum(file.stat().st_size for file in weight_files(folder)),
         loaded=sum(sizes[name] * dtype.itemsize for name, (_, dtype) in stored.items()),
     )

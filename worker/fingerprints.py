@@ -35,13 +35,14 @@ def calibration_fingerprint(prepared: Mapping[str, Any], *, gradients: bool) -> 
     )
 
 
-def bank_fingerprint(prepared: Mapping[str, Any], *, calibration: str | None, metric: str) -> str:
-    """Of the model, the calibration it was whitened with, and the metric.
+def bank_fingerprint(prepared: Mapping[str, Any], *, calibration: str | None, metric: str, full: bool) -> str:
+    """Of the model, the calibration it was whitened with, the metric, and how many components are stored.
 
     Args:
         prepared: Facts of the prepare stage.
         calibration: Fingerprint of the calibration; None for metric `weight`.
         metric: `weight`, `feature` or `two_sided`.
+        full: Whether all components are stored, or those up to the break-even rank.
     """
     return _of(
         version=BANK_VERSION,
@@ -49,6 +50,7 @@ def bank_fingerprint(prepared: Mapping[str, Any], *, calibration: str | None, me
         dtype=prepared["dtype"],
         calibration=calibration,
         metric=metric,
+        full=full,
     )
 
 

@@ -5,8 +5,9 @@
 
 The checkpoint's `config.json` names the method, so nothing else is needed and no code travels with the weights. A
 target `T` in form `factored` is stored as `T.right.weight` (`r x n`), `T.left.weight` (`m x r`) and, if it has a bias,
-`T.left.bias`; one in form `dense` is stored as ever, except for an expert whose tensor holds factored ones as well,
-which is stored as `T.weight`. Needs torch and transformers only (4.57 and later).
+`T.left.bias`; in form `pivoted` as `T.pivot.weight` (`r x n`), `T.rest.weight` (`(m - r) x r`), `T.order` (`m`, int32)
+and `T.bias`; in form `dense` as ever, except for an expert whose tensor holds compressed ones as well, which is stored
+as `T.weight`. Needs torch and transformers only (4.57 and later).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -24,70 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
 from ranksearch.worker.fused import as_conv1d, run_eagerly, unfuse
+from ranksearch.worker.modules import FactoredLinear, PivotedLinear
 from ranksearch.worker.plain import restore
 
 METHOD = "ranksearch"
 VERSION = 1
-FORMS = ("dense", "factored")
-
-
-class FactoredLinear(nn.Module):
-    """A linear layer whose weight is the product `left @ right` of two thin matrices; `y = left (right x) + bias`."""
-
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Make room for the factors; their values are loaded or assigned later.
-
-        Args:
-            in_features: Columns of the weight, n.
-            out_features: Rows of the weight, m.
-            rank: Columns of `left` (`m x r`) and rows of `right` (`r x n`).
-            bias: Whether a bias of `m` values is added.
-            device: Device of the factors.
-            dtype: Dtype of the factors.
-        """
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """`... x n` to `... x m`."""
-        projected: Tensor = self.left(self.right(features))
-        return projected
-
-    @property
-    def weight(self) -> Tensor:
-        """The product, `m x n`, for code that looks at a weight instead of calling the layer."""
-        return self.left.weight @ self.right.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, `m`, if there is one."""
-        return self.left.bias
-
-    def merged(self) -> nn.Linear:
-        """The same map as one dense layer, multiplied in fp32 at least."""
-        left, right = self.left.weight, self.right.weight
-        accurate = torch.promote_types(left.dtype, torch.float32)
-        weight = (left.to(accurate) @ right.to(accurate)).to(left.dtype)
-        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=left.requires_grad)
-        if self.bias is not None:
-            dense.bias = self.left.bias
-        return dense
-
-    def extra_repr(self) -> str:
-        """Shape and rank, for `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+MODULES: dict[str, type[FactoredLinear] | type[PivotedLinear]] = {"factored": FactoredLinear, "pivoted": PivotedLinear}
+FORMS = ("dense", *MODULES)
 
 
 class RanksearchConfig(QuantizationConfigMixin):
@@ -119,13 +63,13 @@ class RanksearchConfig(QuantizationConfigMixin):
                     target=name,
                 )
             rank = entry.get("rank")
-            if entry["form"] == "factored" and not (isinstance(rank, int) and rank >= 1):
+            if entry["form"] in MODULES and not (isinstance(rank, int) and rank >= 1):
                 raise UnsupportedModel(f"Target {name} has rank {rank!r}; config.json is damaged.", target=name)
 
     @property
-    def factored(self) -> dict[str, dict[str, Any]]:
-        """The targets that are stored as two factors."""
-        return {name: entry for name, entry in self.targets.items() if entry["form"] == "factored"}
+    def compressed(self) -> dict[str, dict[str, Any]]:
+        """The targets that are not stored dense."""
+        return {name: entry for name, entry in self.targets.items() if entry["form"] in MODULES}
 
 
 class RanksearchQuantizer(HfQuantizer):
@@ -134,26 +78,26 @@ class RanksearchQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        factored = self.quantization_config.factored
+        compressed = self.quantization_config.compressed
         _take_apart(model, self.quantization_config.targets)
-        swap_modules(model, factored)
+        swap_modules(model, compressed)
         files = kwargs.get("checkpoint_files")
         if files and all(str(file).endswith(".safetensors") for file in files):
             stored: set[str] = set()
             for file in files:
                 with safe_open(file, framework="pt") as tensors:
                     stored.update(tensors.keys())
-            _refuse_missing(name for name in _tensor_names(factored) if name not in stored)
+            _refuse_missing(name for name in _tensor_names(compressed) if name not in stored)
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         # transformers 4 asks here; 5 passes the checkpoint's files before loading instead
-        expected = set(_tensor_names(self.quantization_config.factored))
+        expected = set(_tensor_names(self.quantization_config.compressed))
         _refuse_missing(key for key in missing_keys if key in expected)
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # the factors are plain floating-point matrices, so casts such as `.float()` are fine
+        # what is stored are plain floating-point matrices, so casts such as `.float()` are fine
         model.is_quantized = False
         return model
 
@@ -164,7 +108,7 @@ class RanksearchQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         prefix = getattr(model, "base_model_prefix", "") + "."
         for name, module in list(model.named_modules()):
-            if isinstance(module, FactoredLinear):
+            if isinstance(module, (FactoredLinear, PivotedLinear)):
                 targets, dense = self.quantization_config.targets, module.merged()
                 entry = targets.get(name) or targets.get(prefix + name, {})
                 alone = entry.get("transposed") and not entry.get("fused")
@@ -187,18 +131,18 @@ class RanksearchQuantizer(HfQuantizer):
         return True
 
 
-def swap_modules(model: nn.Module, factored: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace each named linear layer by an empty `FactoredLinear` on the same device and in the same dtype.
+def swap_modules(model: nn.Module, compressed: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace each named linear layer by the empty module of its form, on the same device and in the same dtype.
 
     Args:
         model: The model, changed in place. A model without its head (as `AutoModel` builds it) is fine.
-        factored: `rank` and `bias` for each target name.
+        compressed: `form`, `rank` and `bias` for each target name.
 
     Raises:
         UnsupportedModel: A target is no linear layer of this model.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
-    for name, entry in factored.items():
+    for name, entry in compressed.items():
         path, module = name, _submodule(model, name)
         if module is None and name.startswith(prefix):
             path = name.removeprefix(prefix)
@@ -206,12 +150,12 @@ def swap_modules(model: nn.Module, factored: Mapping[str, Mapping[str, Any]]) ->
         if not isinstance(module, (nn.Linear, Conv1D)):
             found = "has no such module" if module is None else f"has a {type(module).__name__} there"
             raise UnsupportedModel(
-                f"The checkpoint factors {name}, but {type(model).__name__} {found}. config.json and the installed "
+                f"The checkpoint compresses {name}, but {type(model).__name__} {found}. config.json and the installed "
                 "transformers disagree about the model; use the transformers version that ranksearch.json names.",
                 target=name,
             )
         n, m = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        replacement = FactoredLinear(
+        replacement = MODULES[entry["form"]](
             in_features=n,
             out_features=m,
             rank=entry["rank"],
@@ -254,19 +198,17 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _tensor_names(factored: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    for name, entry in factored.items():
-        yield f"{name}.right.weight"
-        yield f"{name}.left.weight"
-        if entry.get("bias"):
-            yield f"{name}.left.bias"
+def _tensor_names(compressed: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    for name, entry in compressed.items():
+        for part in MODULES[entry["form"]].tensor_names(bool(entry.get("bias"))):
+            yield f"{name}.{part}"
 
 
 def _refuse_missing(names: Iterable[str]) -> None:
     missing = sorted(names)
     if missing:
         raise BrokenWeights(
-            f"The checkpoint lacks {len(missing)} factor tensors, first {missing[0]}; fetch it again.",
+            f"The checkpoint lacks {len(missing)} tensors of its targets, first {missing[0]}; fetch it again.",
             tensors=missing[:10],
         )
 

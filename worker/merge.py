@@ -1,4 +1,4 @@
-"""Multiplying a checkpoint's factors out again, tensor by tensor; no model is built.
+"""Multiplying a checkpoint's targets out again, tensor by tensor; no model is built.
 
 python -m ranksearch.worker.merge CHECKPOINT OUT_DIR
 """
@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from ranksearch.search.errors import UnsupportedModel
 from ranksearch.worker.checkpoint import write_json
 from ranksearch.worker.loading import METHOD
 from ranksearch.worker.models import INDEX, weight_files
+from ranksearch.worker.modules import FactoredLinear, PivotedLinear
 from ranksearch.worker.shards import Stored, appearing, headers, write_shards
 
 _NOT_COPIED = ("config.json", INDEX, "README.md", "ranksearch.json")
 
 
 def merge_to_dense(folder: str | Path, out: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Multiply the factors of a checkpoint out again, for programs that know nothing of ranksearch.
+    """Multiply the targets of a checkpoint out again, for programs that know nothing of ranksearch.
 
     The result is an ordinary model folder, as large as the original and with the compressed model's quality.
 
@@ -68,19 +70,20 @@ def _from_file(file: Path, name: str) -> Callable[[], Tensor]:
 def _merged(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     merged: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        target, _, part = name.rpartition(".left.")
-        right = tensors.get(f"{target}.right.weight")
-        if name.endswith(".right.weight") and name.removesuffix("right.weight") + "left.weight" in tensors:
-            continue
-        if not target or right is None:
-            merged[name] = stored
-        elif part == "bias":
+        target, part = _split(name)
+        left, right = tensors.get(f"{target}.left.weight"), tensors.get(f"{target}.right.weight")
+        rows, rest = tensors.get(f"{target}.pivot.weight"), tensors.get(f"{target}.rest.weight")
+        order = tensors.get(f"{target}.order")
+        if left and right and part == "left.bias":
             merged[f"{target}.bias"] = stored
+        elif left and right and part in FactoredLinear.tensor_names(False):
+            load = partial(_product, left.load, right.load)
+            merged[f"{target}.weight"] = _weight(target, stored.dtype, left.shape[0], right.shape[1], load)
+        elif rows and rest and order and part in PivotedLinear.tensor_names(False):
+            load = partial(_ordered, rows.load, rest.load, order.load)
+            merged[f"{target}.weight"] = _weight(target, rows.dtype, order.shape[0], rows.shape[1], load)
         else:
-            shape = (stored.shape[0], right.shape[1])
-            merged[f"{target}.weight"] = Stored(
-                shape=shape, dtype=stored.dtype, load=_product(stored.load, right.load), target=target
-            )
+            merged[name] = stored
     return merged
 
 
@@ -114,8 +117,25 @@ def _stacked(loads: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
     return lambda: torch.stack([load() for load in loads])
 
 
-def _product(left: Callable[[], Tensor], right: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: left().float() @ right().float()
+def _split(name: str) -> tuple[str, str]:
+    """Path of the target and name of the part, if this is a part of a compressed target."""
+    for part in (*FactoredLinear.tensor_names(True), *PivotedLinear.tensor_names(False)):
+        if name.endswith(f".{part}"):
+            return name.removesuffix(f".{part}"), part
+    return name, ""
+
+
+def _weight(target: str, dtype: torch.dtype, m: int, n: int, load: Callable[[], Tensor]) -> Stored:
+    return Stored(shape=(m, n), dtype=dtype, load=load, target=target)
+
+
+def _product(left: Callable[[], Tensor], right: Callable[[], Tensor]) -> Tensor:
+    return left().float() @ right().float()
+
+
+def _ordered(pivot: Callable[[], Tensor], rest: Callable[[], Tensor], order: Callable[[], Tensor]) -> Tensor:
+    rows = pivot().float()
+    return torch.cat([rows, rest().float() @ rows]).index_select(0, order())
 
 
 def main() -> None:

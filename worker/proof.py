@@ -72,6 +72,7 @@ def prove(
         pairs=bank.pair,
         ranks=dict(vectors["best"]),
         targets=targets,
+        form=spec.method.form,
         dtype=settings.dtype,
         max_shard_bytes=settings.max_shard_bytes,
     )

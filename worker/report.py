@@ -97,7 +97,7 @@ def build_budget(
                 target.name: {
                     **facts.get(target.name, {}),
                     "shape": [target.out_features, target.in_features],
-                    "form": "dense" if ranks[target.name] >= target.full_rank else "factored",
+                    "form": "dense" if ranks[target.name] >= target.full_rank else space.form,
                     "rank": ranks[target.name],
                     "predicted_loss": float(np.square(spectra[target.name][ranks[target.name] :]).sum()),
                 }
@@ -166,8 +166,8 @@ def model_card(
             f"# {name}, {budget_label(budget['kept'])} of its parameters kept",
             "",
             f"Low-rank version of `{name}` made by ranksearch: the weight matrices of its decoder blocks keep "
-            f"{budget['kept_exact']:.4f} of their parameters, most of them as a product of two thin matrices. How much "
-            "each matrix keeps was found by a Bayesian search.",
+            f"{budget['kept_exact']:.4f} of their parameters, most of them at a lower rank (form "
+            f"`{spec['method']['form']}`). How much each matrix keeps was found by a Bayesian search.",
             "",
             *_usage(auto_class),
             *_scores(budget),

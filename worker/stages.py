@@ -42,7 +42,10 @@ def calibrate(run: RunningJob, prepared: Facts) -> dict[str, Any]:
 
 def factor(run: RunningJob, prepared: Facts, calibrated: Facts) -> dict[str, Any]:
     """Factor every target, unless an earlier job did so in the same metric."""
-    fingerprint = bank_fingerprint(prepared, calibration=calibrated["fingerprint"], metric=run.spec.method.metric)
+    method = run.spec.method
+    fingerprint = bank_fingerprint(
+        prepared, calibration=calibrated["fingerprint"], metric=method.metric, full=method.form == "pivoted"
+    )
     path, hit = _made_once(run, "bank", fingerprint, "factor")
     return {"fingerprint": fingerprint, "bank": path.name, "cache_hit": hit}
 
@@ -75,7 +78,12 @@ class Ground:
         """Rebuild it from the facts of the earlier stages."""
         method = run.spec.method
         targets = tuple(Target(**target) for target in prepared["targets"])
-        space = RankSpace(targets=targets, rank_multiple=method.rank_multiple, keep_dense=tuple(method.keep_dense))
+        space = RankSpace(
+            targets=targets,
+            rank_multiple=method.rank_multiple,
+            keep_dense=tuple(method.keep_dense),
+            form=method.form,
+        )
         return cls(space=space, bank=Path(run.known["bank"]))
 
     @cached_property

@@ -129,7 +129,10 @@ class Workbench:
         model, _, _ = self._model(job)
         self._unload("trials")
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
-        bank = build_bank(model, find_targets(model), calibration, metric=spec.method.metric, progress=progress)
+        # in form `pivoted` every rank below the full one is smaller than dense
+        method, targets = spec.method, find_targets(model)
+        full = method.form == "pivoted"
+        bank = build_bank(model, targets, calibration, metric=method.metric, full=full, progress=progress)
         bank.save(output)
         return {"bytes": bank.nbytes}
 
@@ -236,7 +239,12 @@ class Workbench:
 def space_of(spec: JobSpec, targets: Any) -> RankSpace:
     """The rank vectors a spec allows for these targets."""
     method = spec.method
-    return RankSpace(targets=tuple(targets), rank_multiple=method.rank_multiple, keep_dense=tuple(method.keep_dense))
+    return RankSpace(
+        targets=tuple(targets),
+        rank_multiple=method.rank_multiple,
+        keep_dense=tuple(method.keep_dense),
+        form=method.form,
+    )
 
 
 def _check_lengths(spec: JobSpec, config: Any) -> None:

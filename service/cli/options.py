@@ -41,6 +41,7 @@ TestFiles = Annotated[
 Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration sequences.", rich_help_panel=SPEC)]
 Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens per sequence.", rich_help_panel=SPEC)]
 Metric = Annotated[str | None, typer.Option("--metric", help="two_sided, feature, weight.", rich_help_panel=SPEC)]
+Form = Annotated[str | None, typer.Option("--form", help="factored or pivoted.", rich_help_panel=SPEC)]
 Multiple = Annotated[
     int | None, typer.Option("--rank-multiple", help="Ranks are multiples of this.", rich_help_panel=SPEC)
 ]
@@ -121,6 +122,7 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation.test": tests or ([] if flags["text"] else None),
         "budget.kept": None if flags["kept"] is None else _numbers(flags["kept"]),
         "method.metric": flags["metric"],
+        "method.form": flags["form"],
         "method.rank_multiple": flags["multiple"],
         "method.keep_dense": flags["dense"] or None,
         "search.trials": flags["trials"],

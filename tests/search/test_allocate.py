@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.space import RankSpace, uniform
+from ranksearch.search.targets import Form
 
 from .cases import llama_space, power_spectra, steep_spectra, target
+
+FORMS: tuple[Form, ...] = ("factored", "pivoted")
 
 
 def optimum(allocator: Allocator, kept: float, z: np.ndarray) -> float:
@@ -35,6 +38,7 @@ def problems(draw: st.DrawFn, equal_marginals: bool = False) -> tuple[Allocator,
     space = RankSpace(
         targets=tuple(target(f"t{i}", m, n) for i, (m, n) in enumerate(shapes)),
         rank_multiple=1 if equal_marginals else draw(st.sampled_from([1, 2])),
+        form="factored" if equal_marginals else draw(st.sampled_from(FORMS)),
     )
     kept = draw(st.floats(0.1, 1.0).map(lambda k: round(k, 2)))
     assume(space.budget(kept) >= space.minimum)
@@ -66,24 +70,35 @@ def test_with_equal_shapes_and_no_jump_waterfilling_is_optimal(problem: tuple[Al
     assert allocator.loss(ranks, z) == pytest.approx(optimum(allocator, kept, z), rel=1e-9)
 
 
-def test_the_gap_to_the_optimum_is_small_on_average() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gap_to_the_optimum_is_small_on_average(form: Form) -> None:
     gaps = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         shapes = rng.integers(4, 12, size=(4, 2))
-        space = RankSpace(targets=tuple(target(f"t{i}", int(m), int(n)) for i, (m, n) in enumerate(shapes)))
+        targets = tuple(target(f"t{i}", int(m), int(n)) for i, (m, n) in enumerate(shapes))
+        space = RankSpace(targets=targets, form=form)
         allocator, z = Allocator(space, power_spectra(space, seed, 1.0)), rng.standard_normal(4)
         kept = round(rng.uniform(0.45, 0.95), 2)
         best, weights = optimum(allocator, kept, z), np.exp(z) * allocator.tail_loss(space.low_ranks)
         gaps.append((allocator.loss(allocator.waterfill(kept, z), z) - best) / weights.sum())
-    print(f"gap to the optimum, share of the loss at rank 1: mean {np.mean(gaps):.4f}, worst {np.max(gaps):.4f}")
+    print(
+        f"{form}: gap to the optimum, share of the loss at rank 1: mean {np.mean(gaps):.4f}, worst {np.max(gaps):.4f}"
+    )
     assert np.mean(gaps) < 0.02
 
 
-@given(st.integers(0, 1000), st.sampled_from([0.12, 0.25, 0.4, 0.6, 0.8, 0.95]), st.sampled_from([1, 4]))
-@settings(deadline=None, max_examples=30)
-def test_any_tilt_gives_a_feasible_vector_that_uses_the_budget(seed: int, kept: float, multiple: int) -> None:
-    space = llama_space(blocks=2, rank_multiple=multiple)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0.12, 0.25, 0.4, 0.6, 0.8, 0.95]),
+    st.sampled_from([1, 4]),
+    st.sampled_from(FORMS),
+)
+@settings(deadline=None, max_examples=50)
+def test_any_tilt_gives_a_feasible_vector_that_uses_the_budget(
+    seed: int, kept: float, multiple: int, form: Form
+) -> None:
+    space = llama_space(blocks=2, rank_multiple=multiple, form=form)
     allocator = Allocator(space, power_spectra(space, seed))
     z = 3 * np.random.default_rng(seed).standard_normal(len(space.targets))
     assert space.is_exact(allocator.waterfill(kept, z), kept)
@@ -130,8 +145,9 @@ def test_more_weight_never_costs_a_target_rank() -> None:
         assert allocator.waterfill(0.4, z_up)[i] > before[i]
 
 
-def test_tilts_invert_waterfilling() -> None:
-    space = llama_space(blocks=4, width=256, hidden=688, kv=128)
+@pytest.mark.parametrize("form", FORMS)
+def test_tilts_invert_waterfilling(form: Form) -> None:
+    space = llama_space(blocks=4, width=256, hidden=688, kv=128, form=form)
     allocator = Allocator(space, steep_spectra(space))
     z = 0.7 * np.random.default_rng(1).standard_normal(len(space.targets))
     ranks = allocator.waterfill(0.4, z)
@@ -148,16 +164,18 @@ def test_a_missing_or_broken_spectrum_is_named() -> None:
         Allocator(space, {"a": np.ones(8), "b": np.full(8, np.nan)})
 
 
-def test_rank_deficient_spectra_are_served() -> None:
-    space = RankSpace(targets=(target("a", 16, 16), target("b", 16, 16)))
+@pytest.mark.parametrize("form", FORMS)
+def test_rank_deficient_spectra_are_served(form: Form) -> None:
+    space = RankSpace(targets=(target("a", 16, 16), target("b", 16, 16)), form=form)
     allocator = Allocator(space, {"a": np.r_[np.ones(2), np.zeros(14)], "b": np.ones(3)})
     for kept in (0.2, 0.5, 0.9, 1.0):
         assert space.is_exact(allocator.prior(kept), kept)
     assert allocator.loss(allocator.prior(0.5)) == 0.0
 
 
-def test_waterfilling_a_7b_shaped_model_takes_milliseconds() -> None:
-    space = llama_space(blocks=32, width=4096, hidden=11008, kv=4096)
+@pytest.mark.parametrize("form", FORMS)
+def test_waterfilling_a_7b_shaped_model_takes_milliseconds(form: Form) -> None:
+    space = llama_space(blocks=32, width=4096, hidden=11008, kv=4096, form=form)
     allocator = Allocator(space, power_spectra(space))
     rng = np.random.default_rng(0)
     for kept in (0.4, 0.8):
@@ -165,5 +183,5 @@ def test_waterfilling_a_7b_shaped_model_takes_milliseconds() -> None:
         for _ in range(20):
             allocator.waterfill(kept, rng.standard_normal(len(space.targets)))
         seconds = (time.process_time() - start) / 20
-        print(f"water-filling 224 x 4096 at kept {kept}: {seconds * 1e3:.2f} ms")
+        print(f"{form}: water-filling 224 x 4096 at kept {kept}: {seconds * 1e3:.2f} ms")
         assert seconds < 0.1

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
 from ranksearch.search.space import RankSpace, uniform
-from ranksearch.search.targets import Target
+from ranksearch.search.targets import Form, Target
 
 from .cases import llama_space, target
+
+FORMS: tuple[Form, ...] = ("factored", "pivoted")
 
 
 @st.composite
@@ -21,7 +23,12 @@ def spaces(draw: st.DrawFn) -> RankSpace:
     shapes = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8))
     targets = tuple(target(f"block.{i}.linear", m, n, depth=i) for i, (m, n) in enumerate(shapes))
     keep = draw(st.sampled_from([(), ("block.0.*",)]))
-    return RankSpace(targets=targets, rank_multiple=draw(st.sampled_from([1, 2, 3, 8])), keep_dense=keep)
+    return RankSpace(
+        targets=targets,
+        rank_multiple=draw(st.sampled_from([1, 2, 3, 8])),
+        keep_dense=keep,
+        form=draw(st.sampled_from(FORMS)),
+    )
 
 
 kept_values = st.floats(0.01, 1.0).map(lambda k: round(k, 3))
@@ -92,8 +99,24 @@ def test_a_factored_target_never_costs_as_much_as_the_dense_one() -> None:
     assert np.all((space.top_ranks + 1) * space.marginals >= space.dense_costs)
 
 
-def test_everything_kept_means_everything_dense() -> None:
-    space = llama_space()
+def test_in_form_pivoted_every_rank_below_full_is_smaller_than_dense() -> None:
+    space = llama_space(form="pivoted")
+    np.testing.assert_array_equal(space.top_ranks, space.full_ranks - 1)
+    ranks = space.low_ranks
+    for _ in range(int(space.full_ranks.max())):
+        expected = [
+            r * t.in_features + (t.out_features - r) * r if r < t.full_rank else t.parameters
+            for t, r in zip(space.targets, ranks.tolist(), strict=True)
+        ]
+        np.testing.assert_array_equal(space.costs(ranks), expected)
+        np.testing.assert_array_equal([space.costs_of(i, r) for i, r in enumerate(ranks)], expected)
+        ranks = space.next_ranks(ranks)
+    np.testing.assert_array_equal(ranks, space.full_ranks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_everything_kept_means_everything_dense(form: Form) -> None:
+    space = llama_space(form=form)
     np.testing.assert_array_equal(uniform(space, 1.0), space.full_ranks)
     assert space.kept(space.full_ranks) == 1.0
 
@@ -104,8 +127,9 @@ def test_the_budget_reads_kept_as_a_decimal() -> None:
     assert space.budget(0.29) == 29
 
 
-def test_uniform_spreads_the_budget_evenly() -> None:
-    space = llama_space()
+@pytest.mark.parametrize("form", FORMS)
+def test_uniform_spreads_the_budget_evenly(form: Form) -> None:
+    space = llama_space(form=form)
     ranks = uniform(space, 0.4)
     np.testing.assert_allclose(space.costs(ranks) / space.dense_costs, 0.4, atol=0.05)
 

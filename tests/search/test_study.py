@@ -253,7 +253,7 @@ def test_siblings_of_the_same_job_are_read() -> None:
 
 
 def test_a_space_survives_in_the_study(tmp_path: Path) -> None:
-    space = RankSpace(targets=SPACE.targets, rank_multiple=4, keep_dense=("*.v_proj",))
+    space = RankSpace(targets=SPACE.targets, rank_multiple=4, keep_dense=("*.v_proj",), form="pivoted")
     url = f"sqlite:///{tmp_path / 'study.db'}"
     RankStudy(
         storage=url, job_id="job_c", kept=0.5, space=space, spectra=SPECTRA, spec=Search(), dense_score=1.0, model="m"

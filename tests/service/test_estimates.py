@@ -125,6 +125,23 @@ def test_an_estimate_adds_up(client: TestClient, body: dict[str, Any]) -> None:
     assert client.get("/v1/jobs").json()["data"] == []
 
 
+def test_in_form_pivoted_every_rank_is_worth_storing_and_indices_are_bytes(
+    client: TestClient, body: dict[str, Any]
+) -> None:
+    answers = {
+        form: client.post("/v1/estimates", json={**body, "method": {"form": form}}).json()
+        for form in ("factored", "pivoted")
+    }
+    assert {
+        (k["break_even_rank"], min(k["in_features"], k["out_features"])) for k in answers["pivoted"]["break_even"]
+    } == {(HIDDEN - 1, HIDDEN)}
+    (factored,), (pivoted,) = (answers[form]["budgets"] for form in ("factored", "pivoted"))
+    rows = sum(kind["count"] * kind["out_features"] for kind in answers["pivoted"]["break_even"])
+    assert pivoted["target_parameters"] == factored["target_parameters"]
+    assert pivoted["checkpoint_bytes"] == factored["checkpoint_bytes"] + 4 * rows
+    assert answers["pivoted"]["minimum_kept"] <= answers["factored"]["minimum_kept"]
+
+
 def test_minutes_follow_the_fastest_living_worker(client: TestClient, context: Context, body: dict[str, Any]) -> None:
     for name, flops in (("slow", 1e9), ("fast", 1e10), ("new", None)):
         context.workers.register(name, host="h", device="cpu", pid=1, flops=flops)

@@ -98,6 +98,34 @@ def test_the_files_hold_the_factors_and_nothing_twice(family: str, make: Any, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no draft stays behind
 
 
+def test_the_files_hold_pivot_rows_and_their_order(make: Any, tmp_path: Path) -> None:
+    case = make("opt", torch.bfloat16)
+    sizes = case.export(tmp_path / "out", form="pivoted", max_shard_bytes=1000)  # every part in a shard of its own
+    tensors, biases = stored(tmp_path / "out"), case.model.state_dict()
+    entries = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["targets"]
+    parameters = indices = 0
+    for target in case.targets:
+        name, rank = target.name, case.ranks[target.name]
+        if rank == target.full_rank:
+            assert entries[name] == {"form": "dense", "rank": rank, "bias": True}
+            parameters += target.parameters
+            continue
+        assert entries[name] == {"form": "pivoted", "rank": RANK, "bias": True}
+        assert torch.equal(tensors[f"{name}.bias"], biases[f"{name}.bias"])
+        pivots, rest = tensors[f"{name}.pivot.weight"], tensors[f"{name}.rest.weight"]
+        assert (pivots.shape, rest.shape) == ((RANK, target.in_features), (target.out_features - RANK, RANK))
+        assert (pivots.dtype, tensors[f"{name}.order"].dtype) == (torch.bfloat16, torch.int32)
+        left, right = case.pair(name, RANK)
+        weight = torch.cat([pivots.double(), rest.double() @ pivots.double()])[tensors[f"{name}.order"].long()]
+        assert (weight - left @ right).norm() < 0.01 * (left @ right).norm()
+        parameters += pivots.numel() + rest.numel()
+        indices += target.out_features
+    assert indices > 0
+    assert sizes.targets == parameters
+    assert sizes.model == sum(tensor.numel() for tensor in tensors.values()) - indices
+    assert sizes.loaded == 2 * sizes.model + 4 * indices
+
+
 def test_shards_and_index_load_as_one_model(make: Any, tmp_path: Path) -> None:
     case = make()
     case.export(tmp_path / "whole")
@@ -192,10 +220,13 @@ def test_counting_misses_no_target(make: Any, tmp_path: Path) -> None:
         count(tmp_path / "out", [stranger])
 
 
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_merging_gives_an_ordinary_model_that_computes_the_same(family: str, make: Any, tmp_path: Path) -> None:
+def test_merging_gives_an_ordinary_model_that_computes_the_same(
+    family: str, form: str, make: Any, tmp_path: Path
+) -> None:
     case = make(family)
-    case.export(tmp_path / "out", max_shard_bytes=20_000)
+    case.export(tmp_path / "out", form=form, max_shard_bytes=20_000)
     merge_to_dense(tmp_path / "out", tmp_path / "merged", max_shard_bytes=30_000)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert stored(tmp_path / "merged").keys() == case.model.state_dict().keys() - {"lm_head.weight"} | (

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from ranksearch.search.errors import BrokenWeights, UnsupportedModel
 from ranksearch.search.targets import Target
 from ranksearch.worker.checkpoint import export
-from ranksearch.worker.loading import FactoredLinear
+from ranksearch.worker.loading import FactoredLinear, PivotedLinear
+from ranksearch.worker.pivot import pivot
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 64, "num_attention_heads": 4}
@@ -32,6 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2, "num_local_experts": 4},
 }
 RANK = 7
+FORMS = {"factored": FactoredLinear, "pivoted": PivotedLinear}
 TOKENS = torch.arange(32).mul(29).remainder(96).view(2, 16)
 
 
@@ -74,15 +76,19 @@ def write(folder: Path, model: nn.Module, **options: Any) -> dict[str, int]:
     return ranks
 
 
-def factored_by_hand(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
-    """The same factors put into the live model, in its dtype."""
+def compressed_by_hand(model: nn.Module, ranks: dict[str, int], form: str) -> nn.Module:
+    """The same matrices put into the live model, in its dtype."""
     pair = pairs_of(model)
     for name, rank in list(ranks.items())[1:]:
         dense = model.get_submodule(name)
-        left, right = (factor.to(dense.weight.dtype).contiguous() for factor in pair(name, rank))
-        first, second = nn.Linear(*right.T.shape, bias=False), nn.Linear(*left.T.shape)
-        first.weight, second.weight, second.bias = nn.Parameter(right), nn.Parameter(left), dense.bias
-        model.set_submodule(name, nn.Sequential(first, second))
+        layer = FORMS[form](in_features=dense.in_features, out_features=dense.out_features, rank=rank, bias=True)
+        values = {f"{side}.weight": factor for side, factor in zip(("left", "right"), pair(name, rank), strict=True)}
+        if form == "pivoted":
+            values = vars(pivot(*values.values(), dense.weight.dtype))
+            values = {"pivot.weight": values["pivot"], "rest.weight": values["rest"], "order": values["order"]}
+        bias = torch.zeros(dense.out_features) if dense.bias is None else dense.bias
+        layer.load_state_dict({**values, "bias" if form == "pivoted" else "left.bias": bias})
+        model.set_submodule(name, layer.to(dense.weight.dtype))
     return model
 
 
@@ -96,17 +102,28 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama") / "checkpoint"
-    write(folder, build("llama", torch.bfloat16))
-    return folder
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {form: tmp_path_factory.mktemp(form) / "checkpoint" for form in FORMS}
+    for form, folder in folders.items():
+        write(folder, build("llama", torch.bfloat16), form=form)
+    return folders
+
+
+@pytest.fixture(params=FORMS)
+def checkpoint(checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    return checkpoints[request.param]
 
 
 @pytest.fixture
-def broken(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+def broken(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of the checkpoint with another `quantization_config`."""
 
-    def change(edit: Callable[[dict[str, Any]], None], state: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    def change(
+        edit: Callable[[dict[str, Any]], None],
+        state: Callable[[dict[str, Any]], None] | None = None,
+        form: str = "factored",
+    ) -> Path:
+        checkpoint = checkpoints[form]
         config = json.loads((checkpoint / "config.json").read_text())
         edit(config["quantization_config"])
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -121,16 +138,17 @@ def broken(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_loaded_computes_what_was_exported(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_loaded_computes_what_was_exported(form: str, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(family, dtype)
-    ranks = write(tmp_path / "out", model)
+    ranks = write(tmp_path / "out", model, form=form)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert loaded.dtype == dtype
-    assert isinstance(loaded.get_submodule(list(ranks)[1]), FactoredLinear)
+    assert isinstance(loaded.get_submodule(list(ranks)[1]), FORMS[form])
     assert isinstance(loaded.get_submodule(next(iter(ranks))), nn.Linear)
-    expected = logits(factored_by_hand(model, ranks))
+    expected = logits(compressed_by_hand(model, ranks, form))
     # kernels may round differently for weights that lie differently in memory
     assert (logits(loaded) - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
@@ -190,7 +208,7 @@ def test_it_may_be_cast_and_multiplied_out(checkpoint: Path) -> None:
     before = logits(model)
     model.dequantize()
     model.float()  # transformers 5 casts back to the config's dtype
-    assert not any(isinstance(module, FactoredLinear) for module in model.modules())
+    assert not any(isinstance(module, tuple(FORMS.values())) for module in model.modules())
     assert (logits(model) - before).abs().max() < 0.02 * before.abs().max()
 
 
@@ -199,7 +217,7 @@ def test_it_may_be_cast_and_multiplied_out(checkpoint: Path) -> None:
     [
         (lambda config: config.update(version=2), "format version 2"),
         (lambda config: config.pop("version"), "format version None"),
-        (lambda config: next(iter(config["targets"].values())).update(form="pivoted"), "needs a newer ranksearch"),
+        (lambda config: next(iter(config["targets"].values())).update(form="braided"), "needs a newer ranksearch"),
         (lambda config: config["targets"].update({"model.layers.9.mlp": {"form": "factored", "rank": 2}}), "layers.9"),
         (lambda config: list(config["targets"].values())[1].update(rank="many"), "rank 'many'"),
     ],
@@ -209,9 +227,12 @@ def test_a_checkpoint_it_cannot_read_is_refused(broken: Callable[..., Path], edi
         AutoModelForCausalLM.from_pretrained(broken(edit))
 
 
-def test_a_missing_factor_is_never_made_up(broken: Callable[..., Path]) -> None:
-    name = "model.layers.1.mlp.up_proj.left.weight"
-    folder = broken(lambda config: None, lambda stored: stored.pop(name))
+@pytest.mark.parametrize(
+    ("form", "part"), [("factored", "left.weight"), ("pivoted", "rest.weight"), ("pivoted", "order")]
+)
+def test_a_missing_factor_is_never_made_up(form: str, part: str, broken: Callable[..., Path]) -> None:
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    folder = broken(lambda config: None, lambda stored: stored.pop(name), form)
     with pytest.raises(BrokenWeights, match=name):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -222,9 +243,14 @@ def test_nothing_in_the_folder_can_be_executed(checkpoint: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_a_factored_layer_looks_like_a_linear_layer() -> None:
-    layer = FactoredLinear(in_features=6, out_features=9, rank=2, bias=True, dtype=torch.float64)
-    features = torch.randn(4, 6, dtype=torch.float64)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compressed_layer_looks_like_a_linear_layer(form: str) -> None:
+    layer = FORMS[form](in_features=6, out_features=9, rank=2, bias=True, dtype=torch.float64)
+    torch.nn.init.normal_(layer.bias)
+    if form == "pivoted":
+        layer.order.copy_(torch.randperm(9))
+    features = torch.randn(4, 5, 6, dtype=torch.float64)
+    assert {name for name, _ in layer.state_dict().items()} == set(layer.tensor_names(True))
     expected = nn.functional.linear(features, layer.weight, layer.bias)
     assert torch.allclose(layer(features), expected)
     assert torch.allclose(layer.merged()(features), expected)

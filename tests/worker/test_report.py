@@ -9,7 +9,7 @@ import pytest
 
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import JobSpec
-from ranksearch.search.targets import Target
+from ranksearch.search.targets import Form, Target
 from ranksearch.worker.report import build_budget, build_report, model_card, write_documents
 
 TARGETS = (
@@ -34,10 +34,10 @@ def scores(perplexity: float, kl: float) -> dict[str, Any]:
     }
 
 
-def budget(kept: float = 0.7) -> dict[str, Any]:
+def budget(kept: float = 0.7, form: Form = "factored") -> dict[str, Any]:
     return build_budget(
         kept=kept,
-        space=RankSpace(targets=TARGETS),
+        space=RankSpace(targets=TARGETS, form=form),
         ranks={"model.layers.0.up": 2, "model.layers.0.down": 6},
         spectra={target.name: np.array([3.0, 2.0, 1.0, 0.5, 0.0, 0.0]) for target in TARGETS},
         facts={"model.layers.0.up": {"damping": np.float64(0.5), "tokens": np.int64(100)}},
@@ -83,6 +83,13 @@ def test_a_budget_says_what_became_of_each_target() -> None:
     assert found["targets"]["model.layers.0.down"]["form"] == "dense"
     assert found["targets"]["model.layers.0.down"]["predicted_loss"] == 0
     assert list(found["scores"]) == ["dense", "uniform", "prior", "best", "final"]
+
+
+def test_a_pivoted_target_says_so() -> None:
+    found = budget(form="pivoted")
+    assert found["targets"]["model.layers.0.up"]["form"] == "pivoted"
+    assert found["targets"]["model.layers.0.down"]["form"] == "dense"
+    assert found["kept_exact"] == (2 * (14 - 2) + 48) / 96
 
 
 def test_the_document_is_json_whatever_the_scores(report: dict[str, Any]) -> None:

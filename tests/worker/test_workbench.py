@@ -10,10 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import InvalidInput
+from ranksearch.search.space import uniform
+from ranksearch.search.spec import JobSpec
+from ranksearch.search.targets import Target
+from ranksearch.worker.bank import FactorBank
+from ranksearch.worker.checkpoint import count
+from ranksearch.worker.models import load_model
+from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.stages import known_of
 from ranksearch.worker.tiny import train_tokenizer
-from ranksearch.worker.workbench import Workbench
+from ranksearch.worker.workbench import Workbench, space_of
 
 WORDS = " ".join(f"word{index % 37} and {index * index % 101}," for index in range(800))
 
@@ -84,3 +92,37 @@ def test_a_job_stays_with_the_commit_it_began_with(
     (hub / "refs" / "main").write_text(second.name)
     after = calibrate(later, tmp_path / "after")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_the_checkpoint_computes_what_the_search_scored(
+    form: str, dtype: str, job: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    job["spec"] |= {"method": {"form": form}}
+    job["spec"]["model"]["dtype"] = dtype
+    bench, files = Workbench("cpu"), {name: str(tmp_path / name) for name in ("blocks", "calibration", "bank")}
+    targets = tuple(Target(**t) for t in bench.prepare(job, files["blocks"], progress=print)["targets"])
+    job |= files
+    bench.calibrate(job, files["calibration"], progress=print)
+    bench.factor(job, files["bank"], progress=print)
+    bank, space = FactorBank.load(files["bank"]), space_of(JobSpec.model_validate(job["spec"]), targets)
+    best = space.as_dict(Allocator(space, bank.spectra).prior(0.5))
+    if form == "pivoted":
+        assert any(t.break_even < best[t.name] < t.full_rank for t in targets)
+    scored = bench.chunk(job, 0, best, 0, progress=print)
+    vectors = {"uniform": space.as_dict(uniform(space, 0.5)), "prior": best, "best": best}
+    proof = bench.finish(job, vectors, str(tmp_path / "out"), progress=print)
+
+    loaded, _ = load_model(tmp_path / "out")
+    dense, _ = load_model(folder, dtype=dtype)
+    ids = torch.arange(48).view(3, 16)
+    with torch.inference_mode(), PrefixModel(dense, bank, targets) as prefix:
+        prefix.set_ranks(best)
+        searched, found = dense(ids).logits.double(), loaded(ids).logits.double()
+    assert (found - searched).norm() < 8 * torch.finfo(getattr(torch, dtype)).eps * searched.norm()
+    assert count(tmp_path / "out", targets).targets == space.cost(space.from_dict(best)) <= space.budget(0.5)
+    assert proof["parameters"]["targets"] == space.cost(space.from_dict(best))
+    perplexities = [proof["scores"][row]["evaluation"]["perplexity"] for row in ("best", "final")]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5 if dtype == "float32" else 0.02)
+    assert scored["part"]["perplexity"] > 0
