@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ranksearch.search.errors import InvalidInput
+from ranksearch.search.errors import InvalidInput, NumericalError
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.training import Product, Student, Training, batch, content_of, schedule
 
@@ -40,7 +40,7 @@ LEARNING_RATE = 0.04
 CE_WEIGHT = 0.1
 
 #: Optimizer steps that the tokens are divided into, when there are enough of them.
-STEPS = 500
+STEPS = 1000
 
 #: Evaluations, beside the one before the first step.
 CHECKS = 8
@@ -99,7 +99,7 @@ def distill(
 
     Raises:
         InvalidInput: There are no factors or no text.
-        NumericalError: Several steps in a row gave no finite loss, or an evaluation is not finite.
+        NumericalError: A factor or an evaluation is not finite, or several steps in a row gave no finite loss.
     """
     if not pairs:
         raise InvalidInput("There are no factors to train: every target is dense.")
@@ -151,10 +151,16 @@ def divide(tokens: int, blocks: Tensor) -> tuple[int, int]:
 
 
 def step_size(factor: Tensor, learning_rate: float) -> float:
-    """Adam's learning rate for one factor, fp32."""
+    """Adam's learning rate for one factor, fp32.
+
+    Raises:
+        NumericalError: The factor is not finite.
+    """
     small = factor.detach() if factor.shape[0] <= factor.shape[1] else factor.detach().mT
+    if not bool(small.isfinite().all()):
+        raise NumericalError("A factor to train holds NaN or infinite values.")
     largest = torch.linalg.eigvalsh((small @ small.mT).double())[-1].clamp(min=0).sqrt()
-    return learning_rate * float(largest) / factor.numel() ** 0.5
+    return float(learning_rate * largest / factor.numel() ** 0.5)
 
 
 class _Best:

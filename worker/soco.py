@@ -28,7 +28,7 @@ term is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from ranksearch.search.errors import InvalidInput
 from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.fingerprints import content_hash
-from ranksearch.worker.training import Product, Student, Training, batch, compute_dtype
+from ranksearch.worker.training import Product, Student, Training, batch, compute_dtype, content_of
 
 #: Largest change of a score per step, about.
 LEARNING_RATE = 0.03
@@ -56,8 +56,8 @@ STEPS = 400
 #: Shares of the steps at which stage 1 and stage 2 end.
 STAGES = (0.5, 0.75)
 
-# The price starts at so many nats per share of the parameters and changes by at most a tenth per step, at full pace when
-# `kept` is off the plan by a tenth.
+# The price starts at so many nats for all parameters and changes by at most a tenth per step: by that much when `kept`
+# is a tenth off the plan.
 _PRICE = 0.1
 _PACE = 0.1
 
@@ -126,86 +126,111 @@ def soco(
         dict.fromkeys(scores, learning_rate),
         identity={
             "method": "soco",
-            "kept": kept,
-            "start": dict(start) if start is not None else None,
-            "text": content_hash(blocks.contiguous().numpy().tobytes()),
+            "start": [kept, dict(start) if start is not None else None],
             "bank": content_hash(b"".join(np.ascontiguousarray(s).tobytes() for s in bank.spectra.values())),
-            "steps": [steps, rows, seed, learning_rate],
+            "text": content_of(blocks),
+            "settings": [rows, steps, seed, learning_rate],
         },
         path=state,
         save_seconds=save_seconds,
     )
-    facts = training.facts or {"price": _PRICE, "from": _soft_kept(space, scores), "ranks": None, "history": []}
-    training.facts = facts
-    prices = {t.name: t.marginal / space.parameters for t in space.targets}
-    first, second = (round(share * steps) for share in STAGES)
-    dtype, fixed = compute_dtype(model), _Choice(space)
-    if facts["ranks"] is not None:
-        fixed.choose(facts["ranks"], {name: training.tensors[name] for name in scores})
-    products = {t.name: _product(model, bank, t.name, scores[t.name], fixed, dtype) for t in space.targets}
+    run = _Run(space, training, kept, steps)
+    products = {t.name: _product(model, bank, t.name, run) for t in space.targets}
     with Student(model, products, blocks) as student:
         while training.step < steps:
-            step = training.step
-            if step >= second and facts["ranks"] is None:
-                ranks = best_ranks(space, {name: s.detach() for name, s in scores.items()}, kept)
-                facts["ranks"] = space.as_dict(ranks)
-                training.tensors = {name: s.detach().clone() for name, s in scores.items()}
-                fixed.choose(facts["ranks"], training.tensors)
-            kl = student.learn(batch(blocks, step, rows, seed), list(scores.values()))
-            if facts["ranks"] is None:
-                _charge(scores, prices, facts["price"])
-            training.update(kl, 1.0 if step < second else 1 - (step - second) / (steps - second))
-            if facts["ranks"] is None:
-                with torch.no_grad():
-                    for s in scores.values():
-                        s.clamp_(min=0)
-                now = _soft_kept(space, scores)
-                plan = _plan(facts["from"], kept, min(1.0, (step + 1) / max(1, first)))
-                facts["price"] *= math.exp(_PACE * max(-1.0, min(1.0, 10 * (now / plan - 1))))
-            else:
-                fixed.settle(scores, (step + 1 - second) / (steps - second))
-                now = _soft_kept(space, scores)
-            if training.step == steps or training.step * 10 // steps > step * 10 // steps:
-                facts["history"].append({"step": training.step, "kl": kl, "price": facts["price"], "kept": now})
+            ids = batch(blocks, training.step, rows, seed)
+            run.advance(lambda ids=ids: student.learn(ids, list(scores.values())))  # type: ignore[misc]
             training.save(now=training.step == steps)
             progress(training.step / steps)
-    return _packed(bank, space, scores, facts["ranks"], facts["history"])
+    ranks = training.facts["ranks"]
+    final = {name: s.detach() for name, s in scores.items()}
+    pairs = {
+        t.name: pack(bank, t.name, final[t.name], top(final[t.name], ranks[t.name]))
+        for t in space.targets
+        if ranks[t.name] < t.full_rank
+    }
+    return Chosen(ranks=ranks, pairs=pairs, scores=final, history=training.facts["history"])
 
 
 def best_ranks(space: RankSpace, scores: Mapping[str, Tensor], kept: float) -> Ranks:
     """Ranks of the components with the highest scores that meet the budget exactly from below.
 
-    Scores are values per parameter; a target's components count in the order of their scores, and dense is one more
-    option, which saves what all its components are worth.
+    Where the price balances the loss, 1 / (1 - s) is what a component is worth per parameter. Dense is one more option
+    of every target, which keeps all of its components for m n parameters.
     """
-    spectra = {
-        t.name: np.sqrt(np.sort(scores[t.name].double().cpu().numpy())[::-1] * t.marginal) for t in space.targets
-    }
+    spectra = {}
+    for target in space.targets:
+        s = np.sort(scores[target.name].detach().double().cpu().numpy())[::-1]
+        spectra[target.name] = np.sqrt(target.marginal * s / (1 - np.minimum(s, 0.95)))
     return Allocator(space, spectra).prior(kept)
 
 
-class _Choice:
-    """What stage 3 knows: which components stay, which targets are dense, and where the scores came from."""
+class _Run:
+    """The three stages. What they have to remember lies in the training's state."""
 
-    def __init__(self, space: RankSpace) -> None:
-        self._full = {t.name: t.full_rank for t in space.targets}
+    def __init__(self, space: RankSpace, training: Training, kept: float, steps: int) -> None:
+        self._space, self._training, self._kept, self._steps = space, training, kept, steps
+        self._first, self._second = (round(share * steps) for share in STAGES)
+        self._prices = {t.name: t.marginal / space.parameters for t in space.targets}
+        self.scores = training.leaves
         self.dense: frozenset[str] = frozenset()
-        self._dropped: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
+        if not training.facts:
+            training.facts = {"price": _PRICE, "from": self._count(), "ranks": None, "history": []}
+        elif training.facts["ranks"] is not None:
+            self._settle()
 
-    def choose(self, ranks: Mapping[str, int], scores: Mapping[str, Tensor]) -> None:
-        self.dense = frozenset(name for name, rank in ranks.items() if rank >= self._full[name])
-        self._before = dict(scores)
-        for name, s in scores.items():
-            self._dropped[name] = torch.ones_like(s, dtype=torch.bool)
+    def advance(self, learn: Callable[[], float]) -> None:
+        """One step; `learn` gives the KL of a batch and puts its gradient into the scores."""
+        step, facts = self._training.step, self._training.facts
+        if step >= self._second and facts["ranks"] is None:
+            facts["ranks"] = self._space.as_dict(best_ranks(self._space, self.scores, self._kept))
+            self._training.tensors = {name: s.detach().clone() for name, s in self.scores.items()}
+            self._settle()
+        kl = learn()
+        if facts["ranks"] is None:
+            self._explore(kl, step)
+        else:
+            self._decide(kl, (step + 1 - self._second) / (self._steps - self._second))
+        if (step + 1) * 10 // self._steps > step * 10 // self._steps:
+            facts["history"].append({"step": step + 1, "kl": kl, "price": facts["price"], "kept": self._count()})
+
+    def _explore(self, kl: float, step: int) -> None:
+        """Stages 1 and 2: a score pays below 1; the price follows what is kept."""
+        facts = self._training.facts
+        for name, s in self.scores.items():
+            assert s.grad is not None
+            s.grad.add_((s.detach() <= 1).to(s.dtype), alpha=facts["price"] * self._prices[name])
+        self._training.update(kl, 1.0)
+        with torch.no_grad():
+            for s in self.scores.values():
+                s.clamp_(min=0)
+        done = min(1.0, (step + 1) / self._first)
+        plan = facts["from"] ** (1 - done) * self._kept**done
+        facts["price"] *= math.exp(_PACE * max(-1.0, min(1.0, 10 * (self._count() / plan - 1))))
+
+    @torch.no_grad()
+    def _decide(self, kl: float, done: float) -> None:
+        """Stage 3: what is kept learns on, the rest falls to zero in a straight line."""
+        self._training.update(kl, 1 - done)
+        for name, s in self.scores.items():
+            s.copy_(torch.where(self._dropped[name], self._before[name] * (1 - done), s.clamp(min=0)))
+
+    def _settle(self) -> None:
+        """Which components fall and which targets are dense, from the state."""
+        ranks = self._training.facts["ranks"]
+        self.dense = frozenset(t.name for t in self._space.targets if ranks[t.name] == t.full_rank)
+        self._before = {name: self._training.tensors[name].to(s.device) for name, s in self.scores.items()}
+        self._dropped = {name: torch.ones_like(s, dtype=torch.bool) for name, s in self._before.items()}
+        for name, s in self._before.items():
             self._dropped[name][top(s, ranks[name])] = False
 
     @torch.no_grad()
-    def settle(self, scores: Mapping[str, Tensor], fraction: float) -> None:
-        """Scores of the components that go: on a straight line to zero."""
-        for name, s in scores.items():
-            falling = self._before[name].to(s.device) * (1 - fraction)
-            s.copy_(torch.where(self._dropped[name].to(s.device), falling, s.clamp(min=0)))
+    def _count(self) -> float:
+        """Share of the parameters that components with scores above 1/2 have."""
+        targets = self._space.targets
+        counts = torch.stack([(self.scores[t.name] > 0.5).sum() for t in targets]).tolist()
+        costs = [min(t.parameters, t.marginal * count) for t, count in zip(targets, counts, strict=True)]
+        return float(sum(costs) / self._space.parameters)
 
 
 def top(scores: Tensor, rank: int) -> Tensor:
@@ -232,56 +257,21 @@ def _start(model: nn.Module, space: RankSpace, ranks: Mapping[str, int] | None) 
     return scores
 
 
-def _product(model: nn.Module, bank: FactorBank, name: str, scores: Tensor, fixed: _Choice, dtype: torch.dtype) -> Product:
-    dense = model.get_submodule(name)
+def _product(model: nn.Module, bank: FactorBank, name: str, run: _Run) -> Product:
+    weight, scores, dtype = model.get_parameter(f"{name}.weight"), run.scores[name], compute_dtype(model)
     left, right = (side[name].to(scores.device, dtype) for side in (bank.left, bank.right))
 
     def product(x: Tensor) -> Tensor:
-        if name in fixed.dense:
-            return F.linear(x, dense.weight)
+        if name in run.dense:
+            return F.linear(x, weight)
         return F.linear(F.linear(x, right) * scores.to(x.dtype), left.mT)
 
     return product
 
 
-def _charge(scores: Mapping[str, Tensor], prices: Mapping[str, float], price: float) -> None:
-    """Adds the gradient of the price to that of the KL: p / N below 1, nothing above."""
-    for name, s in scores.items():
-        assert s.grad is not None
-        s.grad.add_((s.detach() <= 1).to(s.dtype), alpha=price * prices[name])
-
-
-@torch.no_grad()
-def _soft_kept(space: RankSpace, scores: Mapping[str, Tensor]) -> float:
-    counts = torch.stack([(scores[t.name] > 0.5).sum() for t in space.targets]).tolist()
-    costs = [min(t.parameters, t.marginal * count) for t, count in zip(space.targets, counts, strict=True)]
-    return sum(costs) / space.parameters
-
-
-def _plan(start: float, kept: float, fraction: float) -> float:
-    """Where `kept(s)` should be: geometrically from the start to the budget."""
-    return start ** (1 - fraction) * kept**fraction
-
-
-def _packed(
-    bank: FactorBank,
-    space: RankSpace,
-    scores: Mapping[str, Tensor],
-    ranks: Mapping[str, int],
-    history: list[dict[str, float]],
-) -> Chosen:
-    pairs = {}
-    final = {name: s.detach() for name, s in scores.items()}
-    for target in space.targets:
-        name, rank = target.name, ranks[target.name]
-        if rank < target.full_rank:
-            pairs[name] = pack(bank, name, final[name], top(final[name], rank))
-    return Chosen(ranks=dict(ranks), pairs=pairs, scores=final, history=history)
-
-
 def pack(bank: FactorBank, name: str, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous factors left `m x r` and right `r x n` of some components, the root of each score in either."""
-    left, right = bank.left[name], bank.right[name]
-    kept = kept.to(right.device)
-    root = scores.to(right.device)[kept].sqrt().unsqueeze(1)
-    return tuple((side[kept].float() * root).to(side.dtype).contiguous() for side in (left, right))  # type: ignore[return-value]
+    kept = kept.to(bank.right[name].device)
+    root = scores.to(kept.device)[kept].sqrt().unsqueeze(1)
+    left, right = ((side[name][kept].float() * root).to(side[name].dtype) for side in (bank.left, bank.right))
+    return left.mT.contiguous(), right

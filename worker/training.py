@@ -1,4 +1,4 @@
-"""What every trained refinement shares: a student in the dense model's own modules, its loss, and a resumable optimizer.
+"""What trained refinements share: a student in the dense model's own modules, its loss, and a resumable optimizer.
 
 Per predicted token, with p the dense distribution, q the student's and y the text's next token,
 
