@@ -8,15 +8,15 @@ Loss per step, with p = m + n the parameters of a component and N those of all t
 
     KL(dense || scored) + price * sum_j p_j min(s_j, 1) / N
 
-For a small price, 1 - s_j is the price per loss that the component saves, so scores order the components of all targets
-by what they are worth per parameter. `kept(s)` counts the components with s > 1/2 as kept, a target's as no more than
-its dense matrix. Three stages in one run:
+The price is steered so that `kept(s) = sum_j p_j min(s_j, 1) / N`, a target counted as no more than its dense matrix,
+follows a plan. Where price and loss balance, 1 - s_j is the price over the loss that the component saves: scores order
+the components of all targets by what they are worth per parameter. Three stages in one run:
 
 1. *exploration*: the price follows a plan that takes `kept(s)` from where it starts down to the budget;
 2. *refinement*: the plan stays at the budget; the price swings about the value that holds it there, and components
    that were let go too early come back;
-3. *decision*: the components with the highest scores that meet the budget exactly are kept and learn their scale
-   freely (s may exceed 1); the scores of the others fall to 0 in a straight line.
+3. *decision*: the components whose scores were highest on average over stage 2 and meet the budget exactly are kept
+   and learn their scale freely (s may exceed 1); the scores of the others fall to 0 in a straight line.
 
 The paper's abstract and reviews give the scores, the loss's ingredients and the three stages. The form of the penalty,
 the steering of its price, the lengths of the stages and all constants are a reconstruction; its unexplained deviation
@@ -45,13 +45,13 @@ from ranksearch.worker.fingerprints import content_hash
 from ranksearch.worker.training import Product, Student, Training, batch, compute_dtype, content_of
 
 #: Largest change of a score per step, about.
-LEARNING_RATE = 0.03
+LEARNING_RATE = 0.05
 
 #: Score at the start of a component that the starting ranks do not keep.
 DROPPED = 0.3
 
 #: Optimizer steps that the tokens are divided into, when there are enough of them.
-STEPS = 400
+STEPS = 100
 
 #: Shares of the steps at which stage 1 and stage 2 end.
 STAGES = (0.5, 0.75)
@@ -71,7 +71,7 @@ class Chosen:
         pairs: Target -> left `m x r` and right `r x n` of the targets that are not dense, scores multiplied in, in the
             dtype and on the device of the bank.
         scores: Target -> learned scores of all components, `k`, fp32, 0 for those not kept.
-        history: One entry per tenth of the steps: `step`, `kl` of the batch, `price`, and `kept` by scores above 1/2.
+        history: One entry per tenth of the steps: `step`, `kl` of the batch, `price`, and `kept(s)`.
     """
 
     ranks: dict[str, int]
@@ -183,9 +183,11 @@ class _Run:
         """One step; `learn` gives the KL of a batch and puts its gradient into the scores."""
         step, facts = self._training.step, self._training.facts
         if step >= self._second and facts["ranks"] is None:
-            facts["ranks"] = self._space.as_dict(best_ranks(self._space, self.scores, self._kept))
-            self._training.tensors = {name: s.detach().clone() for name, s in self.scores.items()}
+            facts["ranks"] = self._space.as_dict(best_ranks(self._space, self._training.tensors, self._kept))
             self._settle()
+            with torch.no_grad():
+                for name, s in self.scores.items():
+                    s.copy_(self._before[name])
         kl = learn()
         if facts["ranks"] is None:
             self._explore(kl, step)
@@ -201,9 +203,14 @@ class _Run:
             assert s.grad is not None
             s.grad.add_((s.detach() <= 1).to(s.dtype), alpha=facts["price"] * self._prices[name])
         self._training.update(kl, 1.0)
+        means = self._training.tensors
         with torch.no_grad():
-            for s in self.scores.values():
+            for name, s in self.scores.items():
                 s.clamp_(min=0)
+                if step == self._first:
+                    means[name] = s.detach().clone()
+                elif step > self._first:
+                    means[name].lerp_(s.to(means[name].device), 1 / (step + 1 - self._first))
         done = min(1.0, (step + 1) / self._first)
         plan = facts["from"] ** (1 - done) * self._kept**done
         facts["price"] *= math.exp(_PACE * max(-1.0, min(1.0, 10 * (self._count() / plan - 1))))
@@ -226,10 +233,10 @@ class _Run:
 
     @torch.no_grad()
     def _count(self) -> float:
-        """Share of the parameters that components with scores above 1/2 have."""
+        """`kept(s)`: the parameters of all components, each as far as it counts."""
         targets = self._space.targets
-        counts = torch.stack([(self.scores[t.name] > 0.5).sum() for t in targets]).tolist()
-        costs = [min(t.parameters, t.marginal * count) for t, count in zip(targets, counts, strict=True)]
+        sums = torch.stack([self.scores[t.name].clamp(max=1).sum() for t in targets]).tolist()
+        costs = [min(t.parameters, t.marginal * total) for t, total in zip(targets, sums, strict=True)]
         return float(sum(costs) / self._space.parameters)
 
 

@@ -11,7 +11,6 @@ zero.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -408,7 +407,7 @@ def _forgetful(model: nn.Module, names: Mapping[str, Any]) -> Iterator[None]:
     The models' own switch for it works in training mode only, where dropout would set the student apart from its
     teacher.
     """
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         for path in dict.fromkeys(_block_of(model, name) for name in names):
             block: Any = model.get_submodule(path)
             own = block.__dict__.get("forward")
