@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.space import Ranks, RankSpace
+from ranksearch.search.targets import Target
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.fingerprints import content_hash
 from ranksearch.worker.training import Product, Student, Training, batch, compute_dtype, content_of
@@ -70,7 +71,8 @@ class Chosen:
         ranks: Target -> rank; its full rank means dense.
         pairs: Target -> left `m x r` and right `r x n` of the targets that are not dense, scores multiplied in, in the
             dtype and on the device of the bank.
-        scores: Target -> learned scores of all components, `k`, fp32, 0 for those not kept.
+        scores: Target -> learned scores of all components, `k`, fp32, 0 for those not kept; none for a target that may
+            not be factored.
         history: One entry per tenth of the steps: `step`, `kl` of the batch, `price`, and `kept(s)`.
     """
 
@@ -135,7 +137,7 @@ def soco(
         save_seconds=save_seconds,
     )
     run = _Run(space, training, kept, steps)
-    products = {t.name: _product(model, bank, t.name, run) for t in space.targets}
+    products = {name: _product(model, bank, name, run) for name in scores}
     with Student(model, products, blocks) as student:
         while training.step < steps:
             ids = batch(blocks, training.step, rows, seed)
@@ -160,6 +162,9 @@ def best_ranks(space: RankSpace, scores: Mapping[str, Tensor], kept: float) -> R
     """
     spectra = {}
     for target in space.targets:
+        if target.name not in scores:
+            spectra[target.name] = np.zeros(0)
+            continue
         s = np.sort(scores[target.name].detach().double().cpu().numpy())[::-1]
         spectra[target.name] = np.sqrt(target.marginal * s / (1 - np.minimum(s, 0.95)))
     return Allocator(space, spectra).prior(kept)
@@ -171,7 +176,7 @@ class _Run:
     def __init__(self, space: RankSpace, training: Training, kept: float, steps: int) -> None:
         self._space, self._training, self._kept, self._steps = space, training, kept, steps
         self._first, self._second = (round(share * steps) for share in STAGES)
-        self._prices = {t.name: t.marginal / space.parameters for t in space.targets}
+        self._prices = {t.name: t.marginal / space.parameters for t in _free(space)}
         self.scores = training.leaves
         self.dense: frozenset[str] = frozenset()
         if not training.facts:
@@ -234,10 +239,11 @@ class _Run:
     @torch.no_grad()
     def _count(self) -> float:
         """`kept(s)`: the parameters of all components, each as far as it counts."""
-        targets = self._space.targets
+        targets = _free(self._space)
         sums = torch.stack([self.scores[t.name].clamp(max=1).sum() for t in targets]).tolist()
         costs = [min(t.parameters, t.marginal * total) for t, total in zip(targets, sums, strict=True)]
-        return float(sum(costs) / self._space.parameters)
+        fixed = self._space.parameters - sum(t.parameters for t in targets)
+        return float((fixed + sum(costs)) / self._space.parameters)
 
 
 def top(scores: Tensor, rank: int) -> Tensor:
@@ -246,7 +252,7 @@ def top(scores: Tensor, rank: int) -> Tensor:
 
 
 def _check(bank: FactorBank, space: RankSpace) -> None:
-    for target in space.targets:
+    for target in _free(space):
         stored = bank.right[target.name].shape[0]
         if stored < target.full_rank:
             raise InvalidInput(
@@ -258,10 +264,15 @@ def _check(bank: FactorBank, space: RankSpace) -> None:
 
 def _start(model: nn.Module, space: RankSpace, ranks: Mapping[str, int] | None) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    scores = {t.name: torch.ones(t.full_rank, device=device) for t in space.targets}
-    for name, rank in (ranks or {}).items():
-        scores[name][rank:] = DROPPED
+    scores = {t.name: torch.ones(t.full_rank, device=device) for t in _free(space)}
+    for name, s in scores.items() if ranks is not None else ():
+        s[ranks[name] :] = DROPPED
     return scores
+
+
+def _free(space: RankSpace) -> tuple[Target, ...]:
+    """The targets that may be factored."""
+    return tuple(t for t, low in zip(space.targets, space.low_ranks, strict=True) if low < t.full_rank)
 
 
 def _product(model: nn.Module, bank: FactorBank, name: str, run: _Run) -> Product:

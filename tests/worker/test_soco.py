@@ -77,6 +77,15 @@ def test_a_component_without_effect_is_dropped_though_its_singular_value_is_the_
     assert float(found.scores[name].max()) > 0.5
 
 
+def test_targets_that_must_stay_dense_are_neither_scored_nor_packed(parts, blocks):
+    model, bank, space = parts
+    space = RankSpace(targets=space.targets, keep_dense=("*.v_proj",))
+    found = run((model, bank, space), 0.4, blocks)
+    assert space.is_exact(space.from_dict(found.ranks), 0.4)
+    fixed = {target.name for target in space.targets if target.kind == "self_attn.v_proj"}
+    assert not fixed & (found.pairs.keys() | found.scores.keys())
+
+
 def test_packed_factors_run_like_the_scored_components(parts, blocks):
     _, bank, space = parts
     found = run(parts, 0.4, blocks)
