@@ -9,7 +9,7 @@ Loss per step, with p = m + n the parameters of a component and N those of all t
     KL(dense || scored) + price * sum_j p_j min(s_j, 1) / N
 
 The price is steered so that `kept(s) = sum_j p_j min(s_j, 1) / N`, a target counted as no more than its dense matrix,
-follows a plan. Where price and loss balance, 1 - s_j is the price over the loss that the component saves: scores order
+follows a plan; scores stay within [0, 1] as long as there is a price. Where price and loss balance, 1 - s_j is the price over the loss that the component saves: scores order
 the components of all targets by what they are worth per parameter. Three stages in one run:
 
 1. *exploration*: the price follows a plan that takes `kept(s)` from where it starts down to the budget;
@@ -211,7 +211,8 @@ class _Run:
         means = self._training.tensors
         with torch.no_grad():
             for name, s in self.scores.items():
-                s.clamp_(min=0)
+                # one matrix growing while the next one shrinks would look cheaper and change nothing
+                s.clamp_(0, 1)
                 if step == self._first:
                     means[name] = s.detach().clone()
                 elif step > self._first:
@@ -265,8 +266,9 @@ def _check(bank: FactorBank, space: RankSpace) -> None:
 def _start(model: nn.Module, space: RankSpace, ranks: Mapping[str, int] | None) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     scores = {t.name: torch.ones(t.full_rank, device=device) for t in _free(space)}
-    for name, s in scores.items() if ranks is not None else ():
-        s[ranks[name] :] = DROPPED
+    if ranks is not None:
+        for name, s in scores.items():
+            s[ranks[name] :] = DROPPED
     return scores
 
 

@@ -67,7 +67,7 @@ def test_a_component_without_effect_is_dropped_though_its_singular_value_is_the_
     name = "model.layers.0.mlp.down_proj"
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.gate_proj").weight[0] = 0  # so this feature is always zero
-        model.get_submodule(name).weight.mul_(2)[:, 0] = 100.0
+        model.get_submodule(name).weight[:, 0] = 100.0
     bank = build_bank(model, space.targets, None, metric="weight", full=True)
     assert bank.spectra[name][0] > 20 * bank.spectra[name][1]
     assert abs(float(bank.right[name][0, 0])) > 0.99 * float(bank.right[name][0].norm())
