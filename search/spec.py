@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ranksearch.search.targets import Form
 
@@ -24,6 +24,7 @@ Kept = Annotated[
     ),
 ]
 Positive = Annotated[int, Field(ge=1)]
+Step = Literal["sequential", "distill", "soco"]
 
 
 class _Part(BaseModel):
@@ -97,7 +98,10 @@ class Budget(_Part):
 class Method(_Part):
     """How a rank becomes a matrix."""
 
-    preset: Literal["ranksearch"] = "ranksearch"
+    preset: Literal["ranksearch", "soco"] = Field(
+        "ranksearch",
+        description="`soco`: learned scores choose the components in place of the search; few trials are enough.",
+    )
     metric: Literal["weight", "feature", "two_sided"] = "two_sided"
     form: Form = Field(
         "factored",
@@ -106,9 +110,37 @@ class Method(_Part):
     )
     rank_multiple: Annotated[int, Field(ge=1, le=4096)] = 1
     keep_dense: list[str] = Field(default_factory=list, description="Shell patterns of target names, e.g. `*.v_proj`.")
-    refine: Annotated[list[str], Field(max_length=0)] = Field(
-        default_factory=list, description="None is available yet."
+    refine: list[Step] = Field(
+        default_factory=list,
+        description="Steps after the search, in this order: `sequential` solves every matrix again against what the "
+        "compressed model feeds it, `distill` trains the factors, `soco` chooses components by learned scores.",
     )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Method:
+        steps = self.steps
+        if len(set(steps)) != len(steps):
+            raise ValueError("each step of refine may be named once")
+        if "soco" in steps[1:]:
+            raise ValueError("soco must be the first step of refine: it chooses components anew")
+        if "soco" in steps and self.form != "factored":
+            raise ValueError("soco needs form factored")
+        return self
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is done between the search and the checkpoint."""
+        return (*(("soco",) if self.preset == "soco" else ()), *self.refine)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step needs text to train on."""
+        return not {"soco", "distill"}.isdisjoint(self.steps)
+
+    @property
+    def all_components(self) -> bool:
+        """Whether components past the break-even rank of two factors are of use."""
+        return self.form == "pivoted" or "soco" in self.steps
 
 
 class Search(_Part):

@@ -14,17 +14,19 @@ from torch import Tensor
 from ranksearch.worker.fingerprints import content_hash
 from ranksearch.worker.text import Material
 
-CALIBRATION, EVALUATION, TEST = "calibration", "evaluation", "test/"
+CALIBRATION, EVALUATION, TRAINING, TEST = "calibration", "evaluation", "training", "test/"
 
 
 def save_blocks(material: Material, path: str | Path) -> dict[str, Any]:
     """Write all blocks.
 
     Returns:
-        For `calibration`, `evaluation` and each `test/<label>`: label, sizes, hashes of text and tokens, and the ids of
-        the blocks: their places among all blocks of the text.
+        For `calibration`, `evaluation`, `training` if there is one, and each `test/<label>`: label, sizes, hashes of
+        text and tokens, and the ids of the blocks: their places among all blocks of the text. Those of `training` are
+        left out: they are many and follow from the seed.
     """
     parts = {CALIBRATION: material.calibration, EVALUATION: material.evaluation}
+    parts |= {TRAINING: material.training} if material.training else {}
     parts |= {f"{TEST}{blocks.label}": blocks for blocks in material.test}
     tensors: dict[str, Tensor] = {name: blocks.tokens.contiguous() for name, blocks in parts.items()}
     save_file(tensors, path, metadata={"order": json.dumps(list(parts))})
@@ -35,7 +37,7 @@ def save_blocks(material: Material, path: str | Path) -> dict[str, Any]:
             "tokens": content_hash(tensors[name].numpy().tobytes()),
             "sequences": tensors[name].shape[0],
             "sequence_length": tensors[name].shape[1],
-            "ids": list(blocks.ids),
+            "ids": [] if name == TRAINING else list(blocks.ids),
         }
         for name, blocks in parts.items()
     }

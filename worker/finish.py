@@ -39,11 +39,14 @@ def finish(
     best = space.unpack(searched["best"]["ranks"])
     rows = {"uniform": uniform(space, kept), "prior": Allocator(space, ground.spectra).prior(kept), "best": best}
     folder = run.fresh_folder("finish") / "checkpoint"
-    proof = run.ask("finish", vectors={row: space.as_dict(ranks) for row, ranks in rows.items()}, folder=str(folder))
+    refined = _refine(run, space.as_dict(best), kept, folder.with_name("refined.safetensors"))
+    vectors = {row: space.as_dict(ranks) for row, ranks in rows.items()}
+    proof = run.ask("finish", vectors=vectors, folder=str(folder), refined=refined and refined["path"])
     budget = build_budget(
         kept=kept,
         space=space,
-        ranks=space.as_dict(best),
+        ranks=refined["ranks"] if refined else vectors["best"],
+        refine=refined["steps"] if refined else [],
         spectra=ground.spectra,
         facts=ground.target_facts,
         scores=proof["scores"],
@@ -74,6 +77,16 @@ def publish(run: RunningJob, finished: Mapping[float, Facts]) -> dict[str, Any]:
     worker.jobs.save_report(run.id, report)
     run.keep(worker.jobs.succeed(run.id, worker=worker.identity))
     return {"checkpoints": [budget_label(kept) for kept in finished]}
+
+
+def _refine(run: RunningJob, ranks: dict[str, int], kept: float, output: Path) -> dict[str, Any] | None:
+    """The steps of `method.refine`: where the factors are, their ranks, and what each step did."""
+    if not run.spec.method.steps:
+        return None
+    done: dict[str, Any] = run.ask("refine", ranks=ranks, kept=kept, output=str(output))
+    for step in done["steps"]:
+        run.tell("refined", kept=kept, **{key: value for key, value in step.items() if key != "history"})
+    return {"path": str(output), **done}
 
 
 def _history(run: RunningJob, kept: float) -> list[dict[str, Any]]:

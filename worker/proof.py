@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ranksearch.search.spec import JobSpec
 from ranksearch.worker.bank import FactorBank
-from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TEST
+from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TEST, TRAINING
 from ranksearch.worker.checkpoint import as_report, dense_sizes, export
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.models import auto_class, load_model
 from ranksearch.worker.plain import as_loaded
 from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.refine import Refined
 from ranksearch.worker.speed import measure
 from ranksearch.worker.targets import find_targets
 
@@ -31,6 +32,7 @@ def prove(
     blocks: Mapping[str, Tensor],
     vectors: Vectors,
     *,
+    refined: Refined | None = None,
     spec: JobSpec,
     source: Path,
     folder: Path,
@@ -38,7 +40,7 @@ def prove(
     device_name: str,
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
-    """Export the vector `best`, load the folder again, and score it beside the others on every text.
+    """Export the vector `best` or what was made of it, load the folder again, and score it beside the others.
 
     The bank is let go of before the checkpoint is loaded, so that the device never holds both.
 
@@ -48,6 +50,7 @@ def prove(
         take_bank: Gives its factors away; called once.
         blocks: Name -> token ids, `blocks x length`.
         vectors: `uniform`, `prior` and `best`, each target -> rank.
+        refined: What is exported instead of `best`.
         spec: The job's.
         source: Folder of the original model.
         folder: Where the checkpoint goes.
@@ -60,7 +63,8 @@ def prove(
         original model's README as `card`, and the name of the class that loads the checkpoint as `auto_class`.
     """
     targets, settings = find_targets(model), spec.export
-    texts = {name: Evaluation(model, blocks[name], scratch=folder.parent) for name in blocks if name != CALIBRATION}
+    read = [name for name in blocks if name not in (CALIBRATION, TRAINING)]
+    texts = {name: Evaluation(model, blocks[name], scratch=folder.parent) for name in read}
     progress(0.2)
     bank = take_bank()
     rows = {"dense": {name: brief(text.dense) for name, text in texts.items()}, **_compare(model, bank, texts, vectors)}
@@ -69,8 +73,8 @@ def prove(
         folder,
         model=model,
         tokenizer=tokenizer,
-        pairs=bank.pair,
-        ranks=dict(vectors["best"]),
+        pairs=refined.pair if refined else bank.pair,
+        ranks=dict(refined.ranks if refined else vectors["best"]),
         targets=targets,
         form=spec.method.form,
         dtype=settings.dtype,

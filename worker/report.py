@@ -72,6 +72,7 @@ def build_budget(
     speed: Mapping[str, Any],
     seconds: Mapping[str, float],
     history: Sequence[Mapping[str, Any]],
+    refine: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What one budget of a job came to.
 
@@ -88,6 +89,7 @@ def build_budget(
         speed: `device`, `before`, `after`.
         seconds: Of each stage.
         history: The trials.
+        refine: What each step after the search did.
     """
     document: dict[str, Any] = _plain(
         {
@@ -109,6 +111,7 @@ def build_budget(
             "speed": speed,
             "seconds": seconds,
             "history": history,
+            "refine": refine,
         }
     )
     return document

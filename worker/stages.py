@@ -44,7 +44,7 @@ def factor(run: RunningJob, prepared: Facts, calibrated: Facts) -> dict[str, Any
     """Factor every target, unless an earlier job did so in the same metric."""
     method = run.spec.method
     fingerprint = bank_fingerprint(
-        prepared, calibration=calibrated["fingerprint"], metric=method.metric, full=method.form == "pivoted"
+        prepared, calibration=calibrated["fingerprint"], metric=method.metric, full=method.all_components
     )
     path, hit = _made_once(run, "bank", fingerprint, "factor")
     return {"fingerprint": fingerprint, "bank": path.name, "cache_hit": hit}

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,12 @@ class Blocks:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """All text of a job: what is calibrated on, what drives the search, what is read once at the end."""
+    """All text of a job: calibrated on, driving the search, read once at the end, and, if asked for, trained on."""
 
     calibration: Blocks
     evaluation: Blocks
     test: tuple[Blocks, ...]
+    training: Blocks | None = None
 
 
 def gather(
@@ -57,6 +58,7 @@ def gather(
     *,
     cache_dir: str | Path,
     vocabulary: int | None = None,
+    training_tokens: int = 0,
 ) -> Material:
     """Read every dataset of a job.
 
@@ -67,6 +69,7 @@ def gather(
         tokenizer: The model's tokenizer.
         cache_dir: Folder for downloaded datasets and token ids.
         vocabulary: Rows of the model's embedding; token ids beyond it are refused.
+        training_tokens: Also take as many tokens of the calibration dataset to train on, as far as it has them.
 
     Raises:
         DatasetError: A dataset cannot be read as asked, or holds too few tokens.
@@ -89,6 +92,11 @@ def gather(
             ids, calibration["sequences"], wanted, seed, length=length, next_length=evaluation_length
         )
     calibration_blocks = Blocks(tokens=cut(ids, length)[first], ids=tuple(first), fingerprint=digest, label=name)
+    training = None
+    if training_tokens:
+        used = [] if other else [slice(i * evaluation_length, (i + 1) * evaluation_length) for i in following]
+        chosen_ids = apart(ids, used, -(-training_tokens // length), seed, length=length)
+        training = Blocks(tokens=cut(ids, length)[chosen_ids], ids=tuple(chosen_ids), fingerprint=digest, label=name)
     if other is not None:
         ids, digest, name = other
         with _naming(name):
@@ -99,6 +107,7 @@ def gather(
         calibration=calibration_blocks,
         evaluation=evaluation_blocks,
         test=tuple(_tests(evaluation.get("test") or (), ids_of, evaluation_length)),
+        training=training,
     )
 
 
@@ -272,6 +281,23 @@ def sample(
             available=blocks,
         )
     return chosen, rest[:following]
+
+
+def apart(ids: Tensor, used: Sequence[slice], most: int, seed: int, *, length: int) -> list[int]:
+    """Which blocks to train on: the first ones of the permutation of `sample` that share no token with others.
+
+    Args:
+        ids: `tokens` of the dataset.
+        used: Places in `ids` that must not be trained on.
+        most: Number of blocks, if there are so many.
+        seed: Seed of the permutation.
+        length: Tokens of a block.
+    """
+    taken = np.zeros(len(ids), dtype=bool)
+    for place in used:
+        taken[place] = True
+    order = _permutation(len(cut(ids, length)), seed)
+    return [int(i) for i in order if not taken[i * length : (i + 1) * length].any()][:most]
 
 
 def _permutation(count: int, seed: int) -> np.ndarray:

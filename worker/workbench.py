@@ -16,7 +16,7 @@ import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import JobSpec
+from ranksearch.search.spec import JobSpec, budget_label
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
@@ -25,6 +25,8 @@ from ranksearch.worker.hardware import device_facts, settle
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
+from ranksearch.worker.refine import TRAINING_TOKENS, Refined, Refinement
+from ranksearch.worker.stream import BlockStream
 from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
@@ -48,6 +50,7 @@ class Workbench:
             "factor": self.factor,
             "dense": self.dense,
             "chunk": self.chunk,
+            "refine": self.refine,
             "finish": self.finish,
             "close": self.close,
         }
@@ -99,7 +102,10 @@ class Workbench:
             tokenizer,
             cache_dir=job["cache_dir"],
             vocabulary=model.get_input_embeddings().weight.shape[0],
+            training_tokens=TRAINING_TOKENS if spec.method.trains else 0,
         )
+        if "sequential" in spec.method.steps:
+            BlockStream(model, material.calibration.tokens[:1, :8], rows=1)  # whether the model allows it
         progress(0.8)
         text = save_blocks(material, output)
         return {
@@ -129,10 +135,10 @@ class Workbench:
         model, _, _ = self._model(job)
         self._unload("trials")
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
-        # in form `pivoted` every rank below the full one is smaller than dense
         method, targets = spec.method, find_targets(model)
-        full = method.form == "pivoted"
-        bank = build_bank(model, targets, calibration, metric=method.metric, full=full, progress=progress)
+        bank = build_bank(
+            model, targets, calibration, metric=method.metric, full=method.all_components, progress=progress
+        )
         bank.save(output)
         return {"bytes": bank.nbytes}
 
@@ -165,10 +171,47 @@ class Workbench:
         parts.append(part)
         return {"part": brief(part)}
 
-    def finish(
-        self, job: Mapping[str, Any], vectors: Mapping[str, Mapping[str, int]], folder: str, *, progress: Progress
+    def refine(
+        self, job: Mapping[str, Any], ranks: Mapping[str, int], kept: float, output: str, *, progress: Progress
     ) -> dict[str, Any]:
-        """Export the vector `best` to a folder and prove it; see `prove`."""
+        """Run the steps after the search and write the factors they come to.
+
+        A step that takes long keeps its state in the cache folder, from where the next process goes on.
+
+        Returns:
+            `ranks` of the factors, and what each of the `steps` did.
+        """
+        spec = _spec(job)
+        model, _, _ = self._model(job)
+        self._unload("trials")
+        states = Path(job["cache_dir"]) / "refine"
+        states.mkdir(parents=True, exist_ok=True)
+        refinement = Refinement(
+            model,
+            self._bank(job),
+            space_of(spec, find_targets(model)),
+            load_blocks(job["blocks"]),
+            Calibration.load(job["calibration"]) if job.get("calibration") else None,
+            spec=spec,
+            kept=kept,
+            state=states / f"{job['id']}-{budget_label(kept)}",
+        )
+        refined = refinement.run(ranks, progress)
+        refined.save(output)
+        for left_over in states.glob(f"{job['id']}-{budget_label(kept)}-*"):
+            left_over.unlink()
+        return {"ranks": dict(refined.ranks), "steps": list(refined.steps)}
+
+    def finish(
+        self,
+        job: Mapping[str, Any],
+        vectors: Mapping[str, Mapping[str, int]],
+        folder: str,
+        refined: str | None = None,
+        *,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Export the vector `best`, or what was made of it, to a folder and prove it; see `prove`."""
         spec = _spec(job)
         model, tokenizer, folder_of_model = self._model(job)
         self._bank(job)
@@ -179,6 +222,7 @@ class Workbench:
             lambda: self._loaded.pop("bank")[1],
             load_blocks(job["blocks"]),
             vectors,
+            refined=Refined.load(refined, self.device) if refined else None,
             spec=spec,
             source=folder_of_model,
             folder=Path(folder),

@@ -1,0 +1,220 @@
+"""The steps between a search and its checkpoint (`method.refine`), each on what the one before has made.
+
+Whatever a step has to choose it chooses on the evaluation text, and it is left out where it does not pay there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ranksearch.search.errors import NumericalError
+from ranksearch.search.space import RankSpace
+from ranksearch.search.spec import JobSpec
+from ranksearch.worker.bank import FactorBank
+from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
+from ranksearch.worker.calibrate import Calibration, calibrate
+from ranksearch.worker.distill import distill
+from ranksearch.worker.evaluate import Evaluation
+from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.sequential import resolve
+from ranksearch.worker.soco import soco
+
+Pair = tuple[Tensor, Tensor]
+Progress = Callable[[float], None]
+
+#: Tokens that `distill` and `soco` train on.
+TRAINING_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """What goes into the checkpoint.
+
+    Attributes:
+        ranks: Target -> rank; its full rank means dense.
+        pairs: Target that is not dense -> `left` `m x r` and `right` `r x n`.
+        steps: What each step did, ready for JSON.
+    """
+
+    ranks: Mapping[str, int]
+    pairs: Mapping[str, Pair]
+    steps: Sequence[Mapping[str, Any]]
+
+    def pair(self, name: str, rank: int) -> Pair:
+        """The factors of one target."""
+        left, right = self.pairs[name]
+        assert right.shape[0] == rank
+        return left, right
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {
+            f"{side}/{name}": factor.contiguous().cpu()
+            for name, pair in self.pairs.items()
+            for side, factor in zip(("left", "right"), pair, strict=True)
+        }
+        facts = {"ranks": dict(self.ranks), "steps": [dict(step) for step in self.steps]}
+        save_file(tensors, str(path), metadata={"refined": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: Any = "cpu") -> Refined:
+        """Read what `save` wrote."""
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads(file.metadata()["refined"])
+            names = sorted({key.partition("/")[2] for key in file.keys()})  # noqa: SIM118 - the file is no mapping
+            pairs = {
+                name: tuple(file.get_tensor(f"{side}/{name}").to(device) for side in ("left", "right"))
+                for name in names
+            }
+        return cls(ranks=facts["ranks"], pairs=pairs, steps=facts["steps"])
+
+
+class Refinement:
+    """Runs a job's steps on one rank vector."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: FactorBank,
+        space: RankSpace,
+        blocks: Mapping[str, Tensor],
+        calibration: Calibration | None,
+        *,
+        spec: JobSpec,
+        kept: float,
+        state: Path,
+    ) -> None:
+        """Keep what the steps share.
+
+        Args:
+            model: The dense model.
+            bank: Its factors, in the model's dtype and on its device.
+            space: The rank space.
+            blocks: Name -> token ids: calibration, evaluation, and training where a step needs it.
+            calibration: The bank's; None for metric `weight`.
+            spec: The job's.
+            kept: The budget.
+            state: Prefix of the files in which a step that takes long keeps its state.
+        """
+        self._model, self._bank, self._space, self._blocks = model, bank, space, blocks
+        self._calibration, self._spec, self._kept, self._state = calibration, spec, kept, state
+
+    def run(self, ranks: Mapping[str, int], progress: Progress) -> Refined:
+        """Run every step.
+
+        Args:
+            ranks: Target -> rank, the vector that the search found.
+            progress: Told the fraction done.
+        """
+        steps = self._spec.method.steps
+        below = [target.name for target in self._space.targets if ranks[target.name] < target.full_rank]
+        pairs = {name: self._bank.pair(name, ranks[name]) for name in below}
+        refined = Refined(ranks=ranks, pairs=pairs, steps=())
+        for place, step in enumerate(steps):
+            run = {"soco": self._soco, "sequential": self._sequential, "distill": self._distill}[step]
+            refined = run(refined, lambda done, place=place: progress((place + done) / len(steps)))  # type: ignore[misc]
+        return refined
+
+    def _soco(self, refined: Refined, progress: Progress) -> Refined:
+        alone = self._spec.method.preset == "soco"
+        chosen = soco(
+            self._model,
+            self._bank,
+            self._space,
+            self._kept,
+            blocks=self._blocks[TRAINING],
+            tokens=TRAINING_TOKENS,
+            start=None if alone else refined.ranks,
+            seed=self._spec.search.seed,
+            state=self._file("soco"),
+            progress=progress,
+        )
+        facts = {"step": "soco", "tokens": TRAINING_TOKENS, "history": chosen.history}
+        if not alone:
+            before, after = self._losses(refined.pairs, chosen.pairs)
+            facts |= {"before": before, "after": after}
+            if after >= before:
+                return replace(refined, steps=[*refined.steps, facts])
+        return Refined(ranks=chosen.ranks, pairs=chosen.pairs, steps=[*refined.steps, facts])
+
+    def _sequential(self, refined: Refined, progress: Progress) -> Refined:
+        targets, blocks = self._space.targets, self._blocks[CALIBRATION]
+        calibration = self._calibration or calibrate(self._model, targets, blocks, gradients=False)
+        text = self._evaluation()
+        best, tried = refined.pairs, dict[float, float]()
+        with PrefixModel(self._model, self._bank, targets) as prefix:
+            for place in range(4):
+                strength = _next_strength(tried)
+                found = (
+                    refined.pairs
+                    if not strength
+                    else resolve(
+                        prefix,
+                        refined.pairs,
+                        targets,
+                        calibration,
+                        blocks,
+                        strength=strength,
+                        progress=lambda done, place=place: progress((place - 1 + done) / 3),  # type: ignore[misc]
+                    ).pairs
+                )
+                prefix.set_pairs(found)
+                tried[strength] = self._loss(text)
+                if tried[strength] == min(tried.values()):
+                    best = found
+        chosen = min(tried, key=lambda strength: (tried[strength], strength))
+        facts = {"step": "sequential", "strength": chosen, "tried": {f"{s:g}": found for s, found in tried.items()}}
+        return replace(refined, pairs=best, steps=[*refined.steps, facts])
+
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self._model, self._blocks[EVALUATION], scratch=self._state.parent)
+
+    def _losses(self, *candidates: Mapping[str, Pair]) -> list[float]:
+        """The search's objective of each set of factors, on the evaluation text."""
+        text, losses = self._evaluation(), []
+        with PrefixModel(self._model, self._bank, self._space.targets) as prefix:
+            for pairs in candidates:
+                prefix.set_pairs(pairs)
+                losses.append(self._loss(text))
+        return losses
+
+    def _loss(self, text: Evaluation) -> float:
+        try:
+            return float(getattr(text.score(self._model), self._spec.search.objective))
+        except NumericalError:
+            return math.inf
+
+    def _distill(self, refined: Refined, progress: Progress) -> Refined:
+        found = distill(
+            self._model,
+            refined.pairs,
+            blocks=self._blocks[TRAINING],
+            evaluation=self._blocks[EVALUATION],
+            tokens=TRAINING_TOKENS,
+            seed=self._spec.search.seed,
+            state=self._file("distill"),
+            scratch=self._state.parent,
+            progress=progress,
+        )
+        facts = {"step": "distill", "tokens": TRAINING_TOKENS, "history": found.history}
+        return replace(refined, pairs=found.pairs, steps=[*refined.steps, facts])
+
+    def _file(self, step: str) -> Path:
+        return self._state.with_name(f"{self._state.name}-{step}.safetensors")
+
+
+def _next_strength(tried: Mapping[float, float]) -> float:
+    """The strengths of `sequential` that are worth a try, one by one: none at all, a half, more, and more or less."""
+    known = (0.0, 0.5, 0.75)
+    if len(tried) < len(known):
+        return known[len(tried)]
+    return 1.0 if tried[0.75] < tried[0.5] else 0.25
