@@ -7,8 +7,8 @@ block alone, not a pass through the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     keyword: str | None  # the hidden states' name, where they are not the first argument
+    outputs: int | None = None  # how many things the block returns in a tuple; None for hidden states alone
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if self.keyword is None:
@@ -59,7 +60,8 @@ class BlockStream:
         self._batches = ids.split(rows)
         self.paths = block_stack(model)
         # what else a block is given (masks, position embeddings) depends on a batch's shape alone: nothing is padded
-        self._calls = {len(batch): self._look(batch) for batch in (self._batches[0], self._batches[-1])}
+        sizes = {len(batch): batch for batch in (self._batches[0], self._batches[-1])}
+        self._calls = {size: self._look(batch) for size, batch in sizes.items()}
 
     def embed(self) -> Iterator[Tensor]:
         """Hidden states `rows x length x d` before the first block, batch by batch."""
@@ -72,6 +74,17 @@ class BlockStream:
         """What block `index` makes of hidden states `rows x length x d`."""
         return self._calls[len(hidden)][index](self._block(index), hidden)
 
+    def final(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The model's final hidden states from what the last block made of the batch `ids`; no block is run."""
+        with ExitStack() as stack:
+            for index, call in enumerate(self._calls[len(hidden)]):
+                stack.enter_context(
+                    _skipped(self._block(index), call, hidden if index == len(self.paths) - 1 else None)
+                )
+            output = self._run_model(ids)
+        final: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        return final
+
     def input_of(self, index: int, hidden: Tensor, name: str) -> Tensor:
         """What reaches a module inside block `index`, `rows x length x n`; the block is run up to there."""
         with _first_call(self._model.get_submodule(name)) as seen:
@@ -83,9 +96,9 @@ class BlockStream:
     def _block(self, index: int) -> nn.Module:
         return self._model.get_submodule(self.paths[index])
 
-    def _run_model(self, batch: Tensor) -> None:
+    def _run_model(self, batch: Tensor) -> Any:
         base = getattr(self._model, getattr(self._model, "base_model_prefix", "") or " ", self._model)
-        base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
+        return base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
 
     def _look(self, batch: Tensor) -> list[_Call]:
         calls: list[_Call] = []
@@ -94,13 +107,16 @@ class BlockStream:
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, keyword = _hidden(args, kwargs)
-            if last and not torch.equal(last[-1], hidden):
+            # values that are not finite are for others to report: here they count as equal
+            if last and not torch.equal(last[-1].nan_to_num(), hidden.nan_to_num()):
                 raise UnsupportedModel(f"The blocks of {type(self._model).__name__} do not follow each other directly.")
             rest = {key: value for key, value in kwargs.items() if key != keyword}
             calls.append(_Call(args=args if keyword else args[1:], kwargs=rest, keyword=keyword))
 
         def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            last.append(_first(output))
+            last[:] = [_first(output)]
+            if isinstance(output, tuple):
+                calls[-1] = replace(calls[-1], outputs=len(output))
 
         for path in self.paths:
             block = self._model.get_submodule(path)
@@ -127,6 +143,24 @@ def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def _skipped(block: nn.Module, call: _Call, given: Tensor | None) -> Iterator[None]:
+    """Have a block return the given hidden states, or those it is called with."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)[0] if given is None else given
+        return hidden if call.outputs is None else (hidden, *[None] * (call.outputs - 1))
+
+    own = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
 
 
 @contextmanager

@@ -119,8 +119,15 @@ class Workbench:
         gradients = spec.method.metric == "two_sided"
         self._unload("trials")
         blocks = load_blocks(job["blocks"])["calibration"]
-        found = calibrate(model, find_targets(model), blocks, gradients=gradients, progress=progress)
-        found.save(output)
+        found = calibrate(
+            model,
+            find_targets(model),
+            blocks,
+            gradients=gradients,
+            file=output,
+            scratch=job["cache_dir"],
+            progress=progress,
+        )
         return {"tokens": found.total_tokens}
 
     def factor(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:

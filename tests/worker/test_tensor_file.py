@@ -30,9 +30,8 @@ def test_tensors_written_in_any_order_read_back_with_their_facts(tmp_path):
 
 
 def test_a_file_whose_writing_broke_off_cannot_be_read(tmp_path):
-    with pytest.raises(RuntimeError, match="broke"), TensorFile(tmp_path / "f", SHAPES, room=0) as file:
-        file.write("a", torch.ones(3, dtype=torch.bfloat16))
-        raise RuntimeError("broke")
+    with pytest.raises(KeyError), TensorFile(tmp_path / "f", SHAPES, room=0) as file:
+        file.write("no such tensor", torch.ones(3))
     with pytest.raises(SafetensorError):
         load_file(tmp_path / "f")
 
