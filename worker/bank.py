@@ -14,22 +14,23 @@ S^2: twice the predicted increase of the loss, in nats per token, comparable ove
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.targets import Target
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.linalg import DAMPING, Root, decompose, square_root
+from ranksearch.worker.tensor_file import TensorFile
 
 Metric = Literal["weight", "feature", "two_sided"]
 
@@ -78,35 +79,27 @@ class FactorBank:
         """Bytes of all factors."""
         return sum(t.nbytes for part in (self.left, self.right) for t in part.values())
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file; facts are JSON in its header."""
-        tensors = {f"left/{name}": tensor for name, tensor in self.left.items()}
-        tensors |= {f"right/{name}": tensor for name, tensor in self.right.items()}
-        tensors |= {f"spectra/{name}": torch.from_numpy(sigma) for name, sigma in self.spectra.items()}
-        facts = {"metric": self.metric, "facts": {name: dict(f) for name, f in self.facts.items()}}
-        save_file(
-            {k: t.contiguous().cpu() for k, t in tensors.items()}, str(path), metadata={"bank": json.dumps(facts)}
-        )
-
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> FactorBank:
-        """Reads what `save` wrote.
+        """Reads what `build_bank` wrote.
 
         Args:
             path: The file.
             device: Where the factors go; on the CPU they stay in the file, shared between processes.
         """
-        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["bank"])
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                part, name = key.split("/", 1)
-                tensor = file.get_tensor(key)
-                if part == "spectra":
-                    parts[part][name] = tensor.numpy().copy()
-                else:
-                    parts[part][name] = tensor.to(device)
-        return cls(metric=header["metric"], facts=header["facts"], **parts)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
+        factors = {key: t if key.startswith("spectra/") else t.to(device) for key, t in tensors.items()}
+        return cls._of(factors, header["metric"], header["facts"])
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], metric: str, facts: Mapping[str, Mapping[str, Any]]) -> FactorBank:
+        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor.numpy().copy() if part == "spectra" else tensor
+        return cls(metric=metric, facts=facts, **parts)
 
 
 @torch.no_grad()
@@ -120,6 +113,7 @@ def build_bank(
     damping: float = DAMPING,
     full: bool = False,
     device: str | torch.device | None = None,
+    file: str | Path | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> FactorBank:
     """Factors every target.
@@ -129,28 +123,70 @@ def build_bank(
         targets: What to factor.
         calibration: Covariances; may be None for metric `weight`.
         metric: `weight` (C = G = I), `feature` (G = I) or `two_sided`.
-        dtype: Storage dtype of the factors; that of each weight when None.
+        dtype: Storage dtype of the factors; that of each weight when None. More digits would be lost at once: a trial
+            runs in the model's dtype.
         damping: Relative eigenvalue clamp of the roots.
         full: Store all `min(m, n)` components; otherwise up to the break-even rank, past which dense is smaller.
         device: Where to decompose and leave the factors; that of each weight when None.
+        file: Where the factors are written as they come, to be mapped from there; kept on the device when None.
         progress: Told the fraction done.
 
     Raises:
         InvalidInput: The metric needs covariances that the calibration does not have.
         NumericalError: A covariance or weight is not finite, or no decomposition converged.
+        OSError: The disk is full.
     """
     if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
         raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
-    spectra, left, right, facts = {}, {}, {}, {}
+    weights = {target.name: model.get_parameter(f"{target.name}.weight").detach() for target in targets}
+    stored = {target.name: target.full_rank if full else target.break_even for target in targets}
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        keep = tensors.__setitem__
+        if file is not None:
+            shapes = _shapes(targets, stored, {name: dtype or weight.dtype for name, weight in weights.items()})
+            written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
+            keep = written.write
+        for index, (name, factors, fact) in enumerate(_factored(weights, calibration, metric, damping, device)):
+            keep(f"spectra/{name}", factors.sigma.cpu())
+            keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
+            keep(f"right/{name}", factors.right[: stored[name]].to(dtype or weights[name].dtype).contiguous())
+            facts[name] = {**factors.facts, **fact}
+            progress((index + 1) / len(targets))
+        if file is not None:
+            written.describe({"bank": json.dumps({"metric": metric, "facts": facts})})
+    return FactorBank.load(file) if file is not None else FactorBank._of(tensors, metric, facts)
+
+
+def _shapes(
+    targets: Sequence[Target], stored: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for target in targets:
+        name, rank = target.name, stored[target.name]
+        shapes[f"left/{name}"] = (rank, target.out_features), dtypes[name]
+        shapes[f"right/{name}"] = (rank, target.in_features), dtypes[name]
+        shapes[f"spectra/{name}"] = (target.full_rank,), torch.float64
+    return shapes
+
+
+def _factored(
+    weights: Mapping[str, Tensor],
+    calibration: Calibration | None,
+    metric: Metric,
+    damping: float,
+    device: str | torch.device | None,
+) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
+    """Each target's name, its factors and further facts; only one target's are in memory at a time."""
     root: tuple[str, Root] | None = None
-    for index, target in enumerate(targets):
-        name = target.name
-        weight = model.get_parameter(f"{name}.weight").detach()
+    for name, weight in weights.items():
         W = weight.to(device or weight.device, torch.float64)
         C = G = None
         if metric != "weight" and calibration is not None:
             lead = calibration.leader[name]
             if root is None or root[0] != lead:
+                root = None  # before another one is made
                 root = (lead, square_root(calibration.input(name).to(W.device), damping=damping, name=name))
             C = root[1]
         if metric == "two_sided" and calibration is not None:
@@ -158,14 +194,8 @@ def build_bank(
         factors = factor(W, C, G, name=name)
         # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
         share = calibration.tokens[name] / calibration.total_tokens if calibration and metric == "feature" else 1.0
-        stored = target.full_rank if full else target.break_even
-        spectra[name] = (factors.sigma * share**0.5).cpu().numpy()
-        left[name] = factors.left[:stored].to(dtype or weight.dtype).contiguous()
-        right[name] = factors.right[:stored].to(dtype or weight.dtype).contiguous()
         tokens = {"tokens": calibration.tokens[name]} if calibration else {}
-        facts[name] = {"damping": damping if C else 0.0, **factors.facts, **tokens}
-        progress((index + 1) / len(targets))
-    return FactorBank(spectra=spectra, left=left, right=right, facts=facts, metric=metric)
+        yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": damping if C else 0.0, **tokens}
 
 
 @dataclass(frozen=True, kw_only=True)

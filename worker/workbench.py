@@ -136,8 +136,15 @@ class Workbench:
         model, _, _ = self._model(job)
         self._unload("trials")
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
-        bank = build_bank(model, find_targets(model), calibration, metric=spec.method.metric, progress=progress)
-        bank.save(output)
+        bank = build_bank(
+            model,
+            find_targets(model),
+            calibration,
+            metric=spec.method.metric,
+            device=self.device,
+            file=output,
+            progress=progress,
+        )
         return {"bytes": bank.nbytes}
 
     def dense(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
