@@ -192,6 +192,7 @@ def _factored(
         if metric == "two_sided" and calibration is not None:
             G = square_root(calibration.gradients[name].to(W.device), damping=damping, name=name)
         factors = factor(W, C, G, name=name)
+        del W, G
         # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
         share = calibration.tokens[name] / calibration.total_tokens if calibration and metric == "feature" else 1.0
         tokens = {"tokens": calibration.tokens[name]} if calibration else {}
@@ -236,10 +237,9 @@ def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str
         C = G = None
         facts["zero_covariance"] = True
     WC = W if C is None else W @ C.matrix
-    GW = W if G is None else G.matrix @ W
     svd = decompose(WC if G is None else G.matrix @ WC, name=name)
-    left = (WC @ svd.Vh.mT).mT
-    right = svd.U.mT @ GW
+    left = svd.Vh @ WC.mT
+    right = svd.U.mT @ (W if G is None else G.matrix @ W)
     floor = svd.S[0] * max(W.shape) * torch.finfo(W.dtype).eps
     norms = left.norm(dim=1) * right.norm(dim=1)
     alive = svd.S.gt(floor) & norms.gt(0)

@@ -40,8 +40,13 @@ class Moments:
         Args:
             X: `... x n`, any float dtype.
         """
-        X = X.detach().reshape(-1, X.shape[-1]).float()
-        self.second.addmm_(X.mT, X)
+        X = X.detach().reshape(-1, X.shape[-1])
+        if X.is_cuda and X.dtype.itemsize == 2:
+            # products of 16-bit numbers are exact in fp32, and tensor cores take them at many times the speed of fp32
+            self.second += torch.mm(X.mT, X, out_dtype=torch.float32)
+        else:
+            X = X.float()
+            self.second.addmm_(X.mT, X)
         self.tokens += X.shape[0]
 
     @property

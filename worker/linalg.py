@@ -83,7 +83,7 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "")
         NumericalError: The matrix is not finite, or no solver converged.
     """
     A = covariance.to(torch.float64)
-    A = (A + A.mT) / 2
+    A = (A + A.mT).div_(2)
     _check_finite(A, "covariance", name)
     size = A.shape[0]
     mean = float(A.diagonal().mean())
@@ -97,7 +97,7 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "")
             solver="none",
         )
     # dividing by the mean eigenvalue keeps tiny gradient covariances away from the range where drivers lose accuracy
-    (eigenvalues, Q), solver = _first_that_converges(A / mean, [("eigh", _eigh), ("svd", _eigh_by_svd)], name)
+    (eigenvalues, Q), solver = _first_that_converges(A.div_(mean), [("eigh", _eigh), ("svd", _eigh_by_svd)], name)
     clamp = max(damping, 0.0)
     raised = eigenvalues.clamp(min=clamp)
     share = eigenvalues.clamp(min=0)
