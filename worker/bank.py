@@ -148,7 +148,7 @@ def build_bank(
             shapes = _shapes(targets, stored, {name: dtype or weight.dtype for name, weight in weights.items()})
             written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
             keep = written.write
-        for index, (name, factors, fact) in enumerate(_factored(weights, calibration, metric, damping, device)):
+        for index, (name, factors, fact) in enumerate(_factored(weights, stored, calibration, metric, damping, device)):
             keep(f"spectra/{name}", factors.sigma.cpu())
             keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
             keep(f"right/{name}", factors.right[: stored[name]].to(dtype or weights[name].dtype).contiguous())
@@ -173,6 +173,7 @@ def _shapes(
 
 def _factored(
     weights: Mapping[str, Tensor],
+    stored: Mapping[str, int],
     calibration: Calibration | None,
     metric: Metric,
     damping: float,
@@ -191,7 +192,7 @@ def _factored(
             C = root[1]
         if metric == "two_sided" and calibration is not None:
             G = square_root(calibration.gradients[name].to(W.device), damping=damping, name=name)
-        factors = factor(W, C, G, name=name)
+        factors = factor(W, C, G, components=stored[name], name=name)
         del W, G
         # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
         share = calibration.tokens[name] / calibration.total_tokens if calibration and metric == "feature" else 1.0
@@ -216,7 +217,9 @@ class Factors:
     facts: dict[str, Any]
 
 
-def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str = "") -> Factors:
+def factor(
+    W: Tensor, C: Root | None = None, G: Root | None = None, *, components: int | None = None, name: str = ""
+) -> Factors:
     """Factors one matrix in the metric of its roots.
 
     Components whose singular value vanishes beside the largest are set to zero: nothing is divided by them.
@@ -225,6 +228,7 @@ def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str
         W: `m x n`, fp64.
         C: Root of the input covariance; None for the identity.
         G: Root of the output gradient covariance; None for the identity.
+        components: How many are needed with all digits; all when None.
         name: Target to name in an error.
     """
     facts: dict[str, Any] = {}
@@ -237,7 +241,7 @@ def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str
         C = G = None
         facts["zero_covariance"] = True
     WC = W if C is None else W @ C.matrix
-    svd = decompose(WC if G is None else G.matrix @ WC, name=name)
+    svd = decompose(WC if G is None else G.matrix @ WC, components=components, name=name)
     left = svd.Vh @ WC.mT
     right = svd.U.mT @ (W if G is None else G.matrix @ W)
     floor = svd.S[0] * max(W.shape) * torch.finfo(W.dtype).eps
