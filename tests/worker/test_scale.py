@@ -71,7 +71,7 @@ def compress(folder: Path, budget: int, section_bytes: int) -> subprocess.Comple
     ("hidden", "width", "blocks"),
     [
         pytest.param(192, 384, 24, id="small"),
-        pytest.param(640, 1728, 16, id="moderate", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(256, 512, 96, id="moderate", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def test_a_model_of_three_times_the_memory_is_compressed(tmp_path: Path, hidden: int, width: int, blocks: int) -> None:
