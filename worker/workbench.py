@@ -22,17 +22,13 @@ from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle
-from ranksearch.worker.models import load_model, locate, model_fingerprint, weight_files
-from ranksearch.worker.placement import fetch_blocks
+from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
 from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
 Progress = Callable[[float], None]
-
-#: Share of a device that a model's weights may fill; the blocks of a larger one stay on the CPU and are fetched.
-MOST_OF_DEVICE = 0.6
 
 #: Share of a device that the factors leave free for activations and logits; they stay on the CPU otherwise.
 SPARE = 0.15
@@ -222,14 +218,7 @@ class Workbench:
             folder = locate(source, revision=job.get("revision") or spec.revision, trust_remote_code=trust)
             if job.get("model_fingerprint") not in (None, model_fingerprint(folder)):
                 raise InvalidInput(f"The model {source} has changed since the job began; submit the job again.")
-            # from the files, as the weights' dtype in memory is not known yet; it is rarely another
-            size = sum(file.stat().st_size for file in weight_files(folder))
-            fits = self.device.type == "cpu" or size <= MOST_OF_DEVICE * memory_bytes(self.device)
-            place = self.device if fits else torch.device("cpu")
-            model, tokenizer = load_model(folder, dtype=spec.dtype, device=place, trust_remote_code=trust)
-            if not fits:
-                fetch_blocks(model, self.device)
-            return model, tokenizer, folder
+            return *load_model(folder, dtype=spec.dtype, device=self.device, trust_remote_code=trust), folder
 
         return self._once("model", key, load)  # type: ignore[no-any-return]
 
