@@ -12,6 +12,13 @@ from safetensors.torch import save_file
 from tests.worker.capped import EXCEEDED
 from transformers import LlamaConfig
 
+from ranksearch.worker.bank import build_bank
+from ranksearch.worker.calibrate import calibrate
+from ranksearch.worker.evaluate import Evaluation
+from ranksearch.worker.models import load_model
+from ranksearch.worker.placement import fetched
+from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.targets import find_targets
 from ranksearch.worker.tiny import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +98,27 @@ def test_the_cap_ends_a_process_that_holds_all_covariances(tmp_path: Path) -> No
     done = compress(tmp_path / "model", weights // 3, 1 << 40)
     assert done.returncode == EXCEEDED
     assert "calibrate: " in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_of_three_times_the_memory_of_a_gpu_is_compressed(tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "model", hidden=512, width=1024, blocks=64)
+    device = torch.device("cuda:0")
+    share = weights / 3 / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    try:
+        model, _ = load_model(tmp_path / "model", device=device)
+        assert fetched(model)
+        targets = find_targets(model)
+        text = torch.arange(8 * 64).mul(37).remainder(101).view(8, 64)
+        ways = {"batch_tokens": 128, "memory_limit": weights // 8, "scratch": tmp_path}
+        calibration = calibrate(model, targets, text, gradients=True, file=tmp_path / "calibration", **ways)
+        bank = build_bank(model, targets, calibration, metric="two_sided", device=device, file=tmp_path / "bank")
+        evaluation = Evaluation(model, text, batch_tokens=128, chunk_tokens=128, scratch=tmp_path)
+        with PrefixModel(model, bank, targets) as prefix:
+            prefix.set_ranks({target.name: target.break_even // 2 for target in targets})
+            assert evaluation.score(model).kl > 0
+        assert torch.cuda.max_memory_allocated(device) <= weights / 3
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
