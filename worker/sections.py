@@ -44,9 +44,8 @@ def plan_sections(model: nn.Module, groups: Groups, ids: Tensor, *, gradients: b
     moments = sum(_moment_bytes(group, gradients) for group in groups)
     if moments <= limit and not fetched(model):
         return [Section(parts=None, passes=[groups])]
-    try:
-        paths = BlockStream(model, ids[:1, :16], rows=1).paths
-    except UnsupportedModel:
+    paths = _paths(model, ids[:1, :16])
+    if paths is None:
         return [Section(parts=None, passes=_split(groups, gradients, limit))]
     sections: list[Section] = []
     start, together, used = 0, Groups(), 0
@@ -58,6 +57,15 @@ def plan_sections(model: nn.Module, groups: Groups, ids: Tensor, *, gradients: b
             start, together, used = index, Groups(), 0
         together, used = together + own, used + size
     return [*sections, Section(parts=range(start, len(paths)), passes=_split(together, gradients, limit))]
+
+
+def _paths(model: nn.Module, ids: Tensor) -> list[str] | None:
+    """Module paths of the blocks, if they can be run one at a time on any tokens."""
+    try:
+        stream, other = (BlockStream(model, text, rows=1) for text in (ids, ids.flip(1)))
+    except UnsupportedModel:
+        return None
+    return stream.paths if stream.called_like(other) else None
 
 
 def _split(groups: Groups, gradients: bool, limit: int) -> list[Groups]:

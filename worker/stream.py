@@ -63,6 +63,11 @@ class BlockStream:
         sizes = {len(batch): batch for batch in (self._batches[0], self._batches[-1])}
         self._calls = {size: self._look(batch) for size, batch in sizes.items()}
 
+    def called_like(self, other: BlockStream) -> bool:
+        """Whether another text of the same shape is given the same beside the hidden states; other tokens should be."""
+        ours, theirs = ([call for calls in s._calls.values() for call in calls] for s in (self, other))
+        return all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(ours, theirs, strict=True))
+
     def embed(self) -> Iterator[Tensor]:
         """Hidden states `rows x length x d` before the first block, batch by batch."""
         for batch in self._batches:
@@ -139,6 +144,16 @@ def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str
         if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
             return value, name
     raise UnsupportedModel("A block is called without hidden states.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return True  # anything else cannot be told apart, or is no number that a block computes with
 
 
 def _first(output: Any) -> Tensor:

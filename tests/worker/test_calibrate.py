@@ -99,11 +99,23 @@ def test_sections_give_what_the_whole_model_gives_to_the_last_bit(tiny, blocks, 
         assert torch.equal(whole.input(target.name), features.input(target.name)), target.name
 
 
-def test_a_model_whose_blocks_do_not_follow_each_other_is_run_whole_several_times(tiny, blocks, monkeypatch):
+def stretch(module, args, kwargs):
+    """What the block is given is no longer what the one before it gave."""
+    return (args[0] * 1.5, *args[1:]), kwargs
+
+
+def look_at_tokens(module, args, kwargs):
+    """What the block is given beside the hidden states depends on the tokens."""
+    size = 1 + args[0].detach().mean((1, 2), keepdim=True)
+    return args, kwargs | {"position_embeddings": tuple(part * size for part in kwargs["position_embeddings"])}
+
+
+@pytest.mark.parametrize("change", [stretch, look_at_tokens])
+def test_a_model_whose_blocks_cannot_be_run_alone_is_run_whole_several_times(tiny, blocks, change):
     model = tiny(num_hidden_layers=3)
     targets = find_targets(model)
     before = calibrate(model, targets, blocks, gradients=True)
-    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+    model.model.layers[1].register_forward_pre_hook(change, with_kwargs=True)
     whole = calibrate(model, targets, blocks, gradients=True)
     split = calibrate(model, targets, blocks, gradients=True, memory_limit=20_000)
     last = targets[-1].name
