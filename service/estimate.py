@@ -19,6 +19,7 @@ from ranksearch.service.problems import at
 _WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _INDEX_BYTES: Final = 4  # of each row of a target in form `pivoted`
 _TRIAL_TOKENS_AT_ONCE: Final = 4096
+_MOMENTS_AT_ONCE: Final = 4 << 30  # bytes; more are collected section by section
 _SVD_OPERATIONS: Final = 25  # of one m x n decomposition, in units of m n min(m, n): two eigendecompositions and an SVD
 
 
@@ -180,7 +181,7 @@ def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
     weights = model * width
     widest = max(max(t.in_features, t.out_features) for t in space.targets)
     activations = _TRIAL_TOKENS_AT_ONCE * widest * 16 * width
-    calibrate = weights + 4 * _moment_numbers(spec, space.targets) + activations
+    calibrate = weights + min(4 * _moment_numbers(spec, space.targets), _MOMENTS_AT_ONCE) + activations
     factor = weights + max(8 * 6 * max(t.in_features, t.out_features) ** 2 for t in space.targets)
     trial = weights + width * _bank_numbers(space.targets) + activations
     return Memory(model_bytes=weights, calibrate_bytes=calibrate, factor_bytes=factor, trial_bytes=trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ HEAVY = ("torch", "transformers", "botorch", "gpytorch", "accelerate", "datasets
 #: What the numerics may use: they also run from the bare source tree, beside nothing but torch and transformers.
 NUMERICS = (
     *("linalg", "covariance", "calibrate", "bank", "prefix", "evaluate", "spill", "targets"),
+    *("hardware", "placement", "readout", "sections", "stream", "sweep", "tensor_file"),
     *("checkpoint", "loading", "speed"),
 )
 NUMERICS_MAY = {"torch", "transformers", "numpy", "safetensors", "ranksearch", *sys.stdlib_module_names}
@@ -104,6 +106,27 @@ assert not heavy | ours, heavy | ours
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_benchmark_runs_from_the_source_tree_beside_torch_and_transformers(tmp_path: Path) -> None:
+    absent = ("sqlalchemy", "alembic", "optuna", "dbos", "pydantic", "fastapi", "botorch", "gpytorch", "accelerate")
+    benchmark, figures = ROOT / "benchmarks" / "gpu.py", tmp_path / "gpu.json"
+    small = ["--preset", "tiny", "--blocks", "2", "--repetitions", "1", "--dtype", "float32", "--device", "cpu"]
+    arguments = [str(benchmark), *small, "--fetched", "--memory-limit", "1000000", "--json", str(figures)]
+    script = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({(*absent, "datasets", "scipy", "typer", "rich")!r}))  # None: not to be had
+sys.argv = {arguments!r}
+runpy.run_path({str(benchmark)!r}, run_name="__main__")
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    assert {"forward", "forward, backward", "calibrate", "factor", "trial, kept 0.5"} <= rows.keys()
+    assert all(row["seconds"] > 0 for row in rows.values())
 
 
 def test_the_guard_itself_sees_a_forbidden_import(tmp_path: Path) -> None:

@@ -14,16 +14,16 @@ S^2: twice the predicted increase of the loss, in nats per token, comparable ove
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ranksearch.search.errors import InvalidInput
@@ -31,6 +31,7 @@ from ranksearch.search.targets import Target
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.linalg import DAMPING, Root, decompose, square_root
 from ranksearch.worker.pooled import Pooled
+from ranksearch.worker.tensor_file import TensorFile
 
 Metric = Literal["weight", "feature", "two_sided"]
 
@@ -79,35 +80,27 @@ class FactorBank:
         """Bytes of all factors."""
         return sum(t.nbytes for part in (self.left, self.right) for t in part.values())
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file; facts are JSON in its header."""
-        tensors = {f"left/{name}": tensor for name, tensor in self.left.items()}
-        tensors |= {f"right/{name}": tensor for name, tensor in self.right.items()}
-        tensors |= {f"spectra/{name}": torch.from_numpy(sigma) for name, sigma in self.spectra.items()}
-        facts = {"metric": self.metric, "facts": {name: dict(f) for name, f in self.facts.items()}}
-        save_file(
-            {k: t.contiguous().cpu() for k, t in tensors.items()}, str(path), metadata={"bank": json.dumps(facts)}
-        )
-
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> FactorBank:
-        """Reads what `save` wrote.
+        """Reads what `build_bank` wrote.
 
         Args:
             path: The file.
             device: Where the factors go; on the CPU they stay in the file, shared between processes.
         """
-        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["bank"])
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                part, name = key.split("/", 1)
-                tensor = file.get_tensor(key)
-                if part == "spectra":
-                    parts[part][name] = tensor.numpy().copy()
-                else:
-                    parts[part][name] = tensor.to(device)
-        return cls(metric=header["metric"], facts=header["facts"], **parts)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
+        factors = {key: t if key.startswith("spectra/") else t.to(device) for key, t in tensors.items()}
+        return cls._of(factors, header["metric"], header["facts"])
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], metric: str, facts: Mapping[str, Mapping[str, Any]]) -> FactorBank:
+        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor.numpy().copy() if part == "spectra" else tensor
+        return cls(metric=metric, facts=facts, **parts)
 
 
 @torch.no_grad()
@@ -121,6 +114,7 @@ def build_bank(
     damping: float = DAMPING,
     full: bool = False,
     device: str | torch.device | None = None,
+    file: str | Path | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> FactorBank:
     """Factors every target.
@@ -130,44 +124,85 @@ def build_bank(
         targets: What to factor.
         calibration: Covariances; may be None for metric `weight`.
         metric: `weight` (C = G = I), `feature` (G = I) or `two_sided`.
-        dtype: Storage dtype of the factors; that of each weight when None.
+        dtype: Storage dtype of the factors; that of each weight when None. More digits would be lost at once: a trial
+            runs in the model's dtype.
         damping: Relative eigenvalue clamp of the roots.
         full: Store all `min(m, n)` components; otherwise up to the break-even rank, past which dense is smaller.
         device: Where to decompose and leave the factors; that of each weight when None.
+        file: Where the factors are written as they come, to be mapped from there; kept on the device when None.
         progress: Told the fraction done.
 
     Raises:
         InvalidInput: The metric needs covariances that the calibration does not have.
         NumericalError: A covariance or weight is not finite, or no decomposition converged.
+        OSError: The disk is full.
     """
     if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
         raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
-    spectra, left, right, facts = {}, {}, {}, {}
+    weights = {target.name: model.get_parameter(f"{target.name}.weight").detach() for target in targets}
+    stored = {target.name: target.full_rank if full else target.break_even for target in targets}
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        keep = tensors.__setitem__
+        if file is not None:
+            shapes = _shapes(targets, stored, {name: dtype or weight.dtype for name, weight in weights.items()})
+            written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
+            keep = written.write
+        factored = _factored(targets, weights, stored, calibration, metric, damping, device)
+        for index, (name, factors, fact) in enumerate(factored):
+            keep(f"spectra/{name}", factors.sigma.cpu())
+            keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
+            keep(f"right/{name}", factors.right[: stored[name]].to(dtype or weights[name].dtype).contiguous())
+            facts[name] = {**factors.facts, **fact}
+            progress((index + 1) / len(targets))
+        if file is not None:
+            written.describe({"bank": json.dumps({"metric": metric, "facts": facts})})
+    return FactorBank.load(file) if file is not None else FactorBank._of(tensors, metric, facts)
+
+
+def _shapes(
+    targets: Sequence[Target], stored: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for target in targets:
+        name, rank = target.name, stored[target.name]
+        shapes[f"left/{name}"] = (rank, target.out_features), dtypes[name]
+        shapes[f"right/{name}"] = (rank, target.in_features), dtypes[name]
+        shapes[f"spectra/{name}"] = (target.full_rank,), torch.float64
+    return shapes
+
+
+def _factored(
+    targets: Sequence[Target],
+    weights: Mapping[str, Tensor],
+    stored: Mapping[str, int],
+    calibration: Calibration | None,
+    metric: Metric,
+    damping: float,
+    device: str | torch.device | None,
+) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
+    """Each target's name, its factors and further facts; only one target's are in memory at a time."""
     pooled = Pooled(calibration, targets) if calibration else None
     root: tuple[str, Root] | None = None
-    for index, target in enumerate(targets):
-        name = target.name
-        weight = model.get_parameter(f"{name}.weight").detach()
+    for target in targets:
+        name, weight = target.name, weights[target.name]
         W = weight.to(device or weight.device, torch.float64)
         C = G = None
         if metric != "weight" and calibration is not None and pooled is not None:
             lead = calibration.leader[name]
             if root is None or root[0] != lead:
+                root = None  # before another one is made
                 root = (lead, square_root(pooled.input(target).to(W.device), damping=damping, name=name))
             C = root[1]
         if metric == "two_sided" and pooled is not None:
             G = square_root(pooled.gradient(target).to(W.device), damping=damping, name=name)
-        factors = factor(W, C, G, name=name)
+        factors = factor(W, C, G, components=stored[name], name=name)
+        del W, G
         # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
         share = pooled.share(target) if pooled and metric == "feature" else 1.0
-        stored = target.full_rank if full else target.break_even
-        spectra[name] = (factors.sigma * share**0.5).cpu().numpy()
-        left[name] = factors.left[:stored].to(dtype or weight.dtype).contiguous()
-        right[name] = factors.right[:stored].to(dtype or weight.dtype).contiguous()
         seen = pooled.facts(target, gradients=metric == "two_sided") if pooled else {}
-        facts[name] = {"damping": damping if C else 0.0, **factors.facts, **seen}
-        progress((index + 1) / len(targets))
-    return FactorBank(spectra=spectra, left=left, right=right, facts=facts, metric=metric)
+        yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": damping if C else 0.0, **seen}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +222,9 @@ class Factors:
     facts: dict[str, Any]
 
 
-def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str = "") -> Factors:
+def factor(
+    W: Tensor, C: Root | None = None, G: Root | None = None, *, components: int | None = None, name: str = ""
+) -> Factors:
     """Factors one matrix in the metric of its roots.
 
     Components whose singular value vanishes beside the largest are set to zero: nothing is divided by them.
@@ -196,6 +233,7 @@ def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str
         W: `m x n`, fp64.
         C: Root of the input covariance; None for the identity.
         G: Root of the output gradient covariance; None for the identity.
+        components: How many are needed with all digits; all when None.
         name: Target to name in an error.
     """
     facts: dict[str, Any] = {}
@@ -208,10 +246,9 @@ def factor(W: Tensor, C: Root | None = None, G: Root | None = None, *, name: str
         C = G = None
         facts["zero_covariance"] = True
     WC = W if C is None else W @ C.matrix
-    GW = W if G is None else G.matrix @ W
-    svd = decompose(WC if G is None else G.matrix @ WC, name=name)
-    left = (WC @ svd.Vh.mT).mT
-    right = svd.U.mT @ GW
+    svd = decompose(WC if G is None else G.matrix @ WC, components=components, name=name)
+    left = svd.Vh @ WC.mT
+    right = svd.U.mT @ (W if G is None else G.matrix @ W)
     floor = svd.S[0] * max(W.shape) * torch.finfo(W.dtype).eps
     norms = left.norm(dim=1) * right.norm(dim=1)
     alive = svd.S.gt(floor) & norms.gt(0)

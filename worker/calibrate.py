@@ -5,6 +5,9 @@ tensor, such as q, k and v) and `G = E[g g']` of `g = dL/dy`, where L is the sum
 text itself. Parameters never require a gradient, so no weight gradient exists at any time; only activations are
 differentiated.
 
+Covariances of a whole model are several times its size. So they are collected section by section, a few blocks at a
+time, and may go straight to a file; the numbers do not depend on the sections.
+
 Both are sums over tokens in fp32. C is divided by the tokens the target saw and G by all tokens of the text, so that
 `tr(G D C D')` is in nats per token for a target that sees every token and for an expert that sees a few.
 """
@@ -21,7 +24,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,11 +31,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.targets import Target
 from ranksearch.worker.covariance import Moments
+from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.readout import Readout
+from ranksearch.worker.sections import Groups, Section, plan_sections
+from ranksearch.worker.stream import BlockStream
+from ranksearch.worker.sweep import Sweep, WholeModel
+from ranksearch.worker.tensor_file import TensorFile
 
 Progress = Callable[[float], None]
 
-#: Bytes of covariances that a CUDA device holds at once, at most: the cost of another pass is small by then.
+#: Bytes of covariances that are collected at once, at most: more sections cost little by then.
 MOST_ON_DEVICE = 4 << 30
 
 #: Bytes of logits, and of their gradient, that the backward pass may hold at once.
@@ -62,26 +69,22 @@ class Calibration:
         """`n x n` second moment of a target's inputs."""
         return self.inputs[self.leader[name]]
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
-        facts = {"leader": dict(self.leader), "tokens": dict(self.tokens), "total_tokens": self.total_tokens}
-        tensors = {
-            f"{part}/{name}": tensor.contiguous()
-            for part in ("inputs", "gradients")
-            for name, tensor in getattr(self, part).items()
-        }
-        save_file(tensors, str(path), metadata={"calibration": json.dumps(facts)})
-
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Reads what `save` wrote; tensors stay memory-mapped."""
-        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "gradients": {}}
+        """Reads what `calibrate` wrote; tensors stay memory-mapped."""
         with safe_open(str(path), framework="pt") as file:
             facts = json.loads(file.metadata()["calibration"])
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                part, name = key.split("/", 1)
-                parts[part][name] = file.get_tensor(key)
-        return cls(**parts, leader=facts["leader"], tokens=facts["tokens"], total_tokens=facts["total_tokens"])
+            # safe_open is no mapping
+            return cls._of({key: file.get_tensor(key) for key in file.keys()}, facts)  # noqa: SIM118
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Calibration:
+        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "gradients": {}}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor
+        inputs, gradients = parts["inputs"], parts["gradients"]
+        return cls(inputs=inputs, gradients=gradients, **facts)
 
 
 def calibrate(
@@ -92,6 +95,8 @@ def calibrate(
     gradients: bool,
     batch_tokens: int = 4096,
     memory_limit: int | None = None,
+    file: str | Path | None = None,
+    scratch: str | Path | None = None,
     progress: Progress = lambda fraction: None,
 ) -> Calibration:
     """Streams text through the model and accumulates covariances.
@@ -103,46 +108,136 @@ def calibrate(
         gradients: Also run the backward pass and accumulate G.
         batch_tokens: Tokens per forward (and backward) pass, at least one sequence; halved when a device's memory does
             not suffice.
-        memory_limit: Bytes of covariances to hold on the device at once; more passes are made when they do not fit.
-            None is half of what a CUDA device has free, `MOST_ON_DEVICE` at most, and no limit elsewhere.
+        memory_limit: Bytes of covariances, and of weights that have to be fetched, to hold on the device at once; the
+            model is run in sections when they do not fit. None is `MOST_ON_DEVICE`, or half of what is free if less.
+        file: Where the covariances are written as they come, to be read from there; kept in memory when None.
+        scratch: Folder on a disk for what lies between sections; the system's own when None.
         progress: Told the fraction done.
 
     Raises:
         NumericalError: A target's inputs or output gradients hold NaN or Inf; names it.
+        OSError: The disk is full.
         torch.OutOfMemoryError: The device has too little memory even for one sequence.
     """
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
-    if memory_limit is None and readout.device.type == "cuda":
-        memory_limit = min(torch.cuda.mem_get_info(readout.device)[0] // 2, MOST_ON_DEVICE)
-    passes = _split(groups, gradients=gradients, limit=memory_limit)
-    total = blocks.numel()
-    found: dict[str, dict[str, Any]] = {"inputs": {}, "gradients": {}, "tokens": {}}
+    limit = min(MOST_ON_DEVICE, free_bytes(readout.device) // 2) if memory_limit is None else memory_limit
+    sections = plan_sections(model, groups, blocks, gradients=gradients, limit=limit)
+    whole = sections[0].parts is None
     rows = max(1, batch_tokens // blocks.shape[1])
-    waiting = list(passes)
-    while waiting:
-        observer = _Observer(model, waiting[0], gradients=gradients)
-        try:
-            with observer, _frozen(model), _repeatable(readout.device):
-                for done in _batches(readout, blocks, observer, gradients=gradients, rows=rows):
-                    progress((len(passes) - len(waiting) + done) / len(passes))
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-            rows //= 2
-            del observer  # before another one is made
-            continue
-        # off the device before the next pass needs its memory, and never there twice
+    with _Kept(groups, gradients=gradients, total_tokens=blocks.numel(), file=file) as kept:
+        while True:
+            try:
+                stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
+                parts = [section.parts or range(1) for section in sections]
+                sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
+                with _frozen(model), _repeatable(readout.device):
+                    _collect(model, sections, sweep, readout, kept, gradients=gradients, progress=progress)
+                break
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows //= 2
+                stream = sweep = None  # type: ignore[assignment]  # before others are made
+    return kept.calibration()
+
+
+def _collect(
+    model: nn.Module,
+    sections: Sequence[Section],
+    sweep: Sweep,
+    readout: Readout,
+    kept: _Kept,
+    *,
+    gradients: bool,
+    progress: Progress,
+) -> None:
+    """Runs the sweep through all sections and keeps each one's covariances as soon as they are complete."""
+    runs = sum(len(section.passes) for section in sections) + (len(sections) - 1 if gradients else 0)
+    done = 0
+
+    def count(batches: Iterator[int], observer: _Observer | None = None) -> None:
+        nonlocal done
+        for rows in batches:
+            if observer is not None:
+                observer.check()
+            done += rows
+            progress(done / (runs * sweep.sequences))
+
+    def observe(number: int, groups: Groups, *, keep: bool, backward: bool) -> None:
+        with _Observer(model, groups, gradients=backward) as observer:
+            run = sweep.backward(number, loss, keep=keep) if backward else sweep.forward(number, keep=keep)
+            count(run, observer)
+        if backward == gradients:
+            kept.take(observer)
+
+    def loss(hidden: Tensor, ids: Tensor) -> Tensor:
+        return _nll_gradient(readout, hidden, ids)
+
+    numbers = range(len(sections))
+    for number in numbers[:-1] if gradients else ():
+        finite: list[Tensor] = []
+        count(sweep.forward(number, keep=True, seen=partial(_look_for_nan, finite)))
+        if not all(finite):
+            # the first target with broken inputs is to be named, and the backward direction would come to the last one
+            for groups in sections[number].passes:
+                observe(number, groups, keep=True, backward=False)
+    for number in reversed(numbers) if gradients else numbers:
+        for index, groups in enumerate(sections[number].passes, start=1):
+            observe(number, groups, keep=index < len(sections[number].passes), backward=gradients)
+
+
+def _look_for_nan(finite: list[Tensor], hidden: Tensor) -> None:
+    finite.append(hidden.isfinite().all())
+
+
+class _Kept:
+    """Covariances on the CPU, in a file or in memory."""
+
+    def __init__(self, groups: Groups, *, gradients: bool, total_tokens: int, file: str | Path | None) -> None:
+        self._leader = {target.name: group[0].name for group in groups for target in group}
+        self._tokens: dict[str, int] = {}
+        self._total = total_tokens
+        self._path, self._tensors, self._file = file, dict[str, Tensor](), None
+        if file is not None:
+            sizes = {f"inputs/{group[0].name}": group[0].in_features for group in groups}
+            sizes |= {f"gradients/{t.name}": t.out_features for group in groups for t in group if gradients}
+            shapes = {name: ((size, size), torch.float32) for name, size in sizes.items()}
+            # names twice, a number each, quoted once more in the header
+            self._file = TensorFile(file, shapes, room=4 * len(json.dumps(self._leader)) + 32 * len(self._leader) + 256)
+
+    def take(self, observer: _Observer) -> None:
+        """Takes the means over; nothing of them is left on the device."""
         while observer.inputs:
             name, moments = observer.inputs.popitem()
-            found["inputs"][name], found["tokens"][name] = moments.take_mean().cpu(), moments.tokens
+            self._tokens[name] = moments.tokens
+            self._write(f"inputs/{name}", moments.take_mean())
         while observer.outputs:
             name, moments = observer.outputs.popitem()
-            found["gradients"][name] = moments.take_mean(total).cpu()
-        del waiting[0], moments
-    leader = {target.name: group[0].name for group in groups for target in group}
-    found["tokens"] = {name: found["tokens"][lead] for name, lead in leader.items()}
-    return Calibration(leader=leader, total_tokens=total, **found)
+            self._write(f"gradients/{name}", moments.take_mean(self._total))
+
+    def _write(self, name: str, mean: Tensor) -> None:
+        if self._file is None:
+            self._tensors[name] = mean.cpu()
+        else:
+            self._file.write(name, mean)
+
+    def _facts(self) -> dict[str, Any]:
+        tokens = {name: self._tokens[lead] for name, lead in self._leader.items()}
+        return {"leader": self._leader, "tokens": tokens, "total_tokens": self._total}
+
+    def calibration(self) -> Calibration:
+        """What was kept, after the file was closed."""
+        return Calibration._of(self._tensors, self._facts()) if self._path is None else Calibration.load(self._path)
+
+    def __enter__(self) -> _Kept:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if self._file is not None:
+            if kind is None:
+                self._file.describe({"calibration": json.dumps(self._facts())})
+            self._file.__exit__(kind, *rest)
 
 
 class _Observer:
@@ -192,20 +287,6 @@ class _Observer:
                     )
 
 
-def _batches(readout: Readout, blocks: Tensor, observer: _Observer, *, gradients: bool, rows: int) -> Iterator[float]:
-    """One run over the text, `rows` sequences at once; yields the fraction done after each batch."""
-    done = 0
-    for batch in blocks.split(rows):
-        ids = batch.to(readout.device)
-        with torch.set_grad_enabled(gradients):
-            hidden = readout.hidden(ids)
-            if gradients:
-                hidden.backward(_nll_gradient(readout, hidden.detach(), ids))
-        observer.check()
-        done += len(batch)
-        yield done / len(blocks)
-
-
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
     """On CUDA, attention whose backward pass adds up in a fixed order; the fused kernels use atomic additions."""
@@ -234,7 +315,7 @@ def _nll_gradient(readout: Readout, hidden: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout, blocks: Tensor) -> list[list[Target]]:
+def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout, blocks: Tensor) -> Groups:
     """Groups targets that were fed the very same tensor objects in a short forward pass."""
     seen: dict[str, list[Tensor]] = {target.name: [] for target in targets}
     hooks = [
@@ -253,20 +334,6 @@ def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout
         key = tuple(id(x) for x in calls) or (target.name,)
         groups.setdefault((*key, target.in_features), []).append(target)
     return list(groups.values())
-
-
-def _split(groups: list[list[Target]], *, gradients: bool, limit: int | None) -> list[list[list[Target]]]:
-    """Cuts the groups into runs whose fp32 covariances fit in `limit` bytes (or hold a single group)."""
-    runs: list[list[list[Target]]] = [[]]
-    used = 0
-    for group in groups:
-        size = 4 * (group[0].in_features ** 2 + (sum(t.out_features**2 for t in group) if gradients else 0))
-        if runs[-1] and limit is not None and used + size > limit:
-            runs.append([])
-            used = 0
-        runs[-1].append(group)
-        used += size
-    return runs
 
 
 @contextmanager

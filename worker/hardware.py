@@ -42,18 +42,32 @@ def settle(device: str) -> torch.device:
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """Torch's name, product name, memory in bytes, measured fp32 operations per second, and CPU threads."""
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
-    else:
-        name, memory = _cpu_name(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "device": str(device),
         "name": name,
-        "memory_bytes": int(memory),
+        "memory_bytes": memory_bytes(device),
         "flops": _measure_flops(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of a device that this process may use at most: a CUDA process may be held to a fraction of its device."""
+    if device.type == "cuda":
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return int(share * torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that this process may still allocate."""
+    if device.type == "cuda":
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        on_device = torch.cuda.mem_get_info(device)[0] + reserved
+        return max(0, min(on_device, memory_bytes(device)) - allocated)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _measure_flops(device: torch.device) -> float:

@@ -25,8 +25,10 @@ from transformers import (
 from transformers.utils import logging
 
 from ranksearch.search.errors import BrokenWeights, ModelNotFound, UnsafeModel, UnsupportedModel
+from ranksearch.worker.hardware import memory_bytes
 from ranksearch.worker.known_errors import as_known_error
 from ranksearch.worker.loading import METHOD  # a compressed checkpoint is a model, too
+from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.plain import make_plain
 
 WEIGHTS = "model.safetensors"
@@ -53,6 +55,9 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
+#: Share of a device that weights may fill.
+MOST_OF_DEVICE = 0.6
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -72,7 +77,8 @@ def load_model(
         source: Local folder or hub id.
         revision: Hub revision.
         dtype: A dtype or its name; `auto` is the dtype the weights are stored in.
-        device: Where the weights go.
+        device: Where it computes. The weights go there; of a model whose weights files are larger than `MOST_OF_DEVICE`
+            the blocks stay on the CPU and are fetched one at a time.
         trust_remote_code: Run code that comes with the model.
 
     Returns:
@@ -93,10 +99,16 @@ def load_model(
         raise UnsupportedModel(
             f"{source} is quantized ({method}); ranksearch compresses the original weights. Name the unquantized model."
         )
-    model = _load_weights(folder, dtype, torch.device(device), trust_remote_code)
+    device = torch.device(device)
+    # what they need in memory is not known yet, but it is rarely more than on the disk
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    fits = device.type == "cpu" or size <= MOST_OF_DEVICE * memory_bytes(device)
+    model = _load_weights(folder, dtype, device if fits else torch.device("cpu"), trust_remote_code)
     model.eval().requires_grad_(False)
     if method is None:
         make_plain(model)
+    if not fits:
+        fetch_blocks(model, device)
     return model, tokenizer
 
 

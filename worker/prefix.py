@@ -16,8 +16,12 @@ from ranksearch.worker.bank import FactorBank
 class PrefixLinear(nn.Module):
     """A linear layer that runs dense or through the first `rank` components of its factors.
 
-    y = left' (right x) + b, with left `r x m` and right `r x n`: both are contiguous row slices.
+    y = left' (right x) + b, with left `r x m` and right `r x n`: both are contiguous row slices. What runs is taken to
+    the input's device if it is elsewhere, that prefix and no more.
     """
+
+    #: Why `fetch_blocks` leaves this layer alone.
+    fetches_itself = True
 
     def __init__(self, dense: nn.Linear, left: Tensor, right: Tensor) -> None:
         """Shares everything it is given; nothing is copied.
@@ -58,10 +62,11 @@ class PrefixLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
+        bias = None if self.dense.bias is None else self.dense.bias.to(x.device)
         if self._prefix is None:
-            return F.linear(x, self.dense.weight, self.dense.bias)
+            return F.linear(x, self.dense.weight.to(x.device), bias)
         left, right = self._prefix
-        return F.linear(F.linear(x, right), left, self.dense.bias)
+        return F.linear(F.linear(x, right.to(x.device)), left.to(x.device), bias)
 
 
 class PrefixModel:
@@ -78,8 +83,8 @@ class PrefixModel:
 
         Args:
             model: The dense model; inference only while its targets are swapped.
-            bank: Its factors. They should be on the model's device and in its dtype: they are copied there otherwise,
-                once.
+            bank: Its factors, in the model's dtype, or they are copied once. Those on the CPU beside a model elsewhere
+                stay there, and are taken over slice by slice whenever they run.
             targets: The targets in the bank.
         """
         self.model = model
@@ -88,7 +93,9 @@ class PrefixModel:
         for name in self._targets:
             dense = model.get_submodule(name)
             assert isinstance(dense, nn.Linear)
-            module = PrefixLinear(dense, bank.left[name].to(dense.weight), bank.right[name].to(dense.weight))
+            module = PrefixLinear(
+                dense, bank.left[name].to(dense.weight.dtype), bank.right[name].to(dense.weight.dtype)
+            )
             self._modules[name] = module.train(dense.training)
         for name, module in self._modules.items():
             model.set_submodule(name, module)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ranksearch.search.errors import NumericalError, StorageFull
 from ranksearch.worker.models import INDEX
+from ranksearch.worker.tensor_file import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,21 +116,5 @@ def headers(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], torch.dty
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 part = tensors.get_slice(name)
-                found[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                found[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
     return found
-
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}

@@ -7,8 +7,8 @@ block alone, not a pass through the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     keyword: str | None  # the hidden states' name, where they are not the first argument
+    outputs: int | None = None  # how many things the block returns in a tuple; None for hidden states alone
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if self.keyword is None:
@@ -62,7 +63,13 @@ class BlockStream:
         self._batches = ids.split(rows)
         self.paths = block_stack(model)
         # what else a block is given (masks, position embeddings) depends on a batch's shape alone: nothing is padded
-        self._calls = {len(batch): self._look(batch) for batch in (self._batches[0], self._batches[-1])}
+        sizes = {len(batch): batch for batch in (self._batches[0], self._batches[-1])}
+        self._calls = {size: self._look(batch) for size, batch in sizes.items()}
+
+    def called_like(self, other: BlockStream) -> bool:
+        """Whether another text of the same shape is given the same beside the hidden states; other tokens should be."""
+        ours, theirs = ([call for calls in s._calls.values() for call in calls] for s in (self, other))
+        return all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(ours, theirs, strict=True))
 
     def embed(self) -> Iterator[Tensor]:
         """Hidden states `rows x length x d` before the first block, batch by batch."""
@@ -74,6 +81,17 @@ class BlockStream:
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """What block `index` makes of hidden states `rows x length x d`."""
         return self._calls[len(hidden)][index](self._block(index), hidden)
+
+    def final(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The model's final hidden states from what the last block made of the batch `ids`; no block is run."""
+        with ExitStack() as stack:
+            for index, call in enumerate(self._calls[len(hidden)]):
+                stack.enter_context(
+                    _skipped(self._block(index), call, hidden if index == len(self.paths) - 1 else None)
+                )
+            output = self._run_model(ids)
+        final: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        return final
 
     def run_and_see(self, index: int, hidden: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """What reaches a module inside block `index`, and what the block makes of the hidden states."""
@@ -118,9 +136,9 @@ class BlockStream:
     def _block(self, index: int) -> nn.Module:
         return self._model.get_submodule(self.paths[index])
 
-    def _run_model(self, batch: Tensor) -> None:
+    def _run_model(self, batch: Tensor) -> Any:
         base = self._model.get_submodule(base_path(self._model))
-        base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
+        return base(input_ids=batch.to(next(self._model.parameters()).device), use_cache=False)
 
     def _look(self, batch: Tensor) -> list[_Call]:
         calls: list[_Call] = []
@@ -129,13 +147,16 @@ class BlockStream:
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, keyword = _hidden(args, kwargs)
-            if last and not torch.equal(last[-1], hidden):
+            # values that are not finite are for others to report: here they count as equal
+            if last and not torch.equal(last[-1].nan_to_num(), hidden.nan_to_num()):
                 raise UnsupportedModel(f"The blocks of {type(self._model).__name__} do not follow each other directly.")
             rest = {key: value for key, value in kwargs.items() if key != keyword}
             calls.append(_Call(args=args if keyword else args[1:], kwargs=rest, keyword=keyword))
 
         def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            last.append(_first(output))
+            last[:] = [_first(output)]
+            if isinstance(output, tuple):
+                calls[-1] = replace(calls[-1], outputs=len(output))
 
         for path in self.paths:
             block = self._model.get_submodule(path)
@@ -160,8 +181,36 @@ def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str
     raise UnsupportedModel("A block is called without hidden states.")
 
 
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return True  # anything else cannot be told apart, or is no number that a block computes with
+
+
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def _skipped(block: nn.Module, call: _Call, given: Tensor | None) -> Iterator[None]:
+    """Have a block return the given hidden states, or those it is called with."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)[0] if given is None else given
+        return hidden if call.outputs is None else (hidden, *[None] * (call.outputs - 1))
+
+    own = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation, Scores
-from ranksearch.worker.hardware import device_facts, settle
+from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
@@ -31,6 +31,9 @@ from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
 Progress = Callable[[float], None]
+
+#: Share of a device that the factors leave free for activations and logits; they stay on the CPU otherwise.
+SPARE = 0.15
 
 
 class Workbench:
@@ -125,8 +128,15 @@ class Workbench:
         gradients = spec.method.metric == "two_sided"
         self._unload("trials")
         blocks = load_blocks(job["blocks"])["calibration"]
-        found = calibrate(model, find_targets(model), blocks, gradients=gradients, progress=progress)
-        found.save(output)
+        found = calibrate(
+            model,
+            find_targets(model),
+            blocks,
+            gradients=gradients,
+            file=output,
+            scratch=job["cache_dir"],
+            progress=progress,
+        )
         return {"tokens": found.total_tokens}
 
     def factor(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
@@ -135,11 +145,17 @@ class Workbench:
         model, _, _ = self._model(job)
         self._unload("trials")
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
-        method, targets = spec.method, find_targets(model)
+        method = spec.method
         bank = build_bank(
-            model, targets, calibration, metric=method.metric, full=method.all_components, progress=progress
+            model,
+            find_targets(model),
+            calibration,
+            metric=method.metric,
+            full=method.all_components,
+            device=self.device,
+            file=output,
+            progress=progress,
         )
-        bank.save(output)
         return {"bytes": bank.nbytes}
 
     def dense(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
@@ -253,7 +269,11 @@ class Workbench:
         return self._once("model", key, load)  # type: ignore[no-any-return]
 
     def _bank(self, job: Mapping[str, Any]) -> FactorBank:
-        return self._once("bank", job["bank"], lambda: FactorBank.load(job["bank"], self.device))  # type: ignore[no-any-return]
+        def load() -> FactorBank:
+            fits = Path(job["bank"]).stat().st_size <= free_bytes(self.device) - SPARE * memory_bytes(self.device)
+            return FactorBank.load(job["bank"], self.device if fits else "cpu")
+
+        return self._once("bank", job["bank"], load)  # type: ignore[no-any-return]
 
     def _trials(self, job: Mapping[str, Any]) -> tuple[PrefixModel, Evaluation]:
         model, _, _ = self._model(job)

@@ -7,7 +7,9 @@ import torch
 from ranksearch.search.errors import InvalidInput, NumericalError
 from ranksearch.worker.bank import FactorBank, build_bank, factor
 from ranksearch.worker.calibrate import calibrate
+from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.linalg import square_root
+from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets
 
 
@@ -132,11 +134,12 @@ def test_components_past_break_even_are_left_out_unless_asked_for(calibrated):
             bank.pair(query.name, rank)
 
 
-def test_a_saved_bank_reads_back_from_the_mapped_file(calibrated, tmp_path):
+def test_a_bank_in_a_file_is_the_one_in_memory(calibrated, tmp_path):
     model, targets, calibration = calibrated
     bank = build_bank(model, targets, calibration, metric="two_sided", dtype=torch.bfloat16)
-    bank.save(tmp_path / "bank.safetensors")
-    again = FactorBank.load(tmp_path / "bank.safetensors")
+    path = tmp_path / "bank.safetensors"
+    build_bank(model, targets, calibration, metric="two_sided", dtype=torch.bfloat16, file=path)
+    again = FactorBank.load(path)
     assert again.metric == "two_sided"
     assert again.facts == bank.facts
     for target in targets:
@@ -147,6 +150,20 @@ def test_a_saved_bank_reads_back_from_the_mapped_file(calibrated, tmp_path):
     assert facts["damping"] > 0
     assert facts["tokens"] == 640
     assert 0 < facts["output_effective_rank"] <= 24
+
+
+def test_wider_factors_than_the_models_do_not_change_a_score(tiny, blocks):
+    model = tiny(dtype=torch.bfloat16)
+    targets = find_targets(model)
+    calibration = calibrate(model, targets, blocks, gradients=True)
+    evaluation = Evaluation(model, blocks[:8])
+    scores = []
+    for dtype in (None, torch.float64):
+        bank = build_bank(model, targets, calibration, metric="two_sided", dtype=dtype)
+        with PrefixModel(model, bank, targets) as prefix:
+            prefix.set_ranks({target.name: target.break_even // 2 for target in targets})
+            scores.append(evaluation.score(model))
+    assert scores[0] == scores[1]
 
 
 def test_a_metric_without_its_covariances_is_refused(calibrated, blocks):

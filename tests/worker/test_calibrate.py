@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ranksearch.search.errors import NumericalError
 from ranksearch.worker.calibrate import Calibration, calibrate
+from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.targets import find_targets
 
 
@@ -78,18 +79,82 @@ def test_no_weight_gradient_ever_exists_and_the_model_comes_back_as_it_was(tiny,
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
 
 
-def test_several_passes_give_what_one_pass_gives(tiny, blocks):
-    model = tiny()
+@pytest.mark.parametrize("limit", [60_000, 10_000, 1], ids=["a block", "half a block", "one group"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gemma2", "granite", "mixtral"])
+def test_sections_give_what_the_whole_model_gives_to_the_last_bit(tiny, blocks, family, limit):
+    model = tiny(family, num_hidden_layers=3)
     targets = find_targets(model)
     told: list[float] = []
-    whole = calibrate(model, targets, blocks, gradients=True)
-    split = calibrate(model, targets, blocks, gradients=True, memory_limit=20_000, progress=told.append)
+    whole = calibrate(model, targets, blocks, gradients=True, batch_tokens=12 * 16)
+    ways = {"batch_tokens": 12 * 16, "memory_limit": limit, "progress": told.append}
+    split = calibrate(model, targets, blocks, gradients=True, **ways)
     assert told == sorted(told)
     assert told[-1] == 1
-    assert len(told) > 4  # 40 sequences are one batch a pass
+    assert len(told) >= 4 * (4 if limit < 60_000 else 1)  # as many batches, and two more runs at least
+    assert (whole.leader, whole.tokens) == (split.leader, split.tokens)
+    features = calibrate(model, targets, blocks, gradients=False, **ways)
     for target in targets:
-        assert torch.equal(whole.input(target.name), split.input(target.name))
-        assert torch.equal(whole.gradients[target.name], split.gradients[target.name])
+        assert torch.equal(whole.input(target.name), split.input(target.name)), target.name
+        assert torch.equal(whole.gradients[target.name], split.gradients[target.name]), target.name
+        assert torch.equal(whole.input(target.name), features.input(target.name)), target.name
+
+
+def stretch(module, args, kwargs):
+    """What the block is given is no longer what the one before it gave."""
+    return (args[0] * 1.5, *args[1:]), kwargs
+
+
+def look_at_tokens(module, args, kwargs):
+    """What the block is given beside the hidden states depends on the tokens."""
+    size = 1 + args[0].detach().mean((1, 2), keepdim=True)
+    return args, kwargs | {"position_embeddings": tuple(part * size for part in kwargs["position_embeddings"])}
+
+
+@pytest.mark.parametrize("change", [stretch, look_at_tokens])
+def test_a_model_whose_blocks_cannot_be_run_alone_is_run_whole_several_times(tiny, blocks, change):
+    model = tiny(num_hidden_layers=3)
+    targets = find_targets(model)
+    before = calibrate(model, targets, blocks, gradients=True)
+    model.model.layers[1].register_forward_pre_hook(change, with_kwargs=True)
+    whole = calibrate(model, targets, blocks, gradients=True)
+    split = calibrate(model, targets, blocks, gradients=True, memory_limit=20_000)
+    last = targets[-1].name
+    assert not torch.equal(whole.input(last), before.input(last))
+    for part in ("inputs", "gradients"):
+        for name, moment in getattr(whole, part).items():
+            assert torch.equal(moment, getattr(split, part)[name]), name
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_sections_name_the_first_target_with_broken_features_too(tiny, blocks, gradients):
+    model = tiny(num_hidden_layers=3)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError) as caught:
+        calibrate(model, find_targets(model), blocks, gradients=gradients, memory_limit=1)
+    assert caught.value.data["target"] == "model.layers.0.mlp.down_proj"
+
+
+def there(model):
+    """Blocks whose weights are on the device."""
+    return sum(bool(layer.fetcher._away) for layer in model.model.layers)
+
+
+def test_only_one_block_and_one_batch_are_there_at_a_time(tiny, blocks):
+    model = tiny(num_hidden_layers=4)
+    targets = find_targets(model)
+    whole = calibrate(model, targets, blocks, gradients=True, batch_tokens=12 * 16)
+    copies = []
+    block = model.model.layers[0]
+    fetch_blocks(model, "cpu")
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_pre_hook(lambda *_: copies.append(there(model)))
+    weights = [parameter.data_ptr() for parameter in block.parameters()]
+    found = calibrate(model, targets, blocks, gradients=True, batch_tokens=12 * 16, memory_limit=1)
+    assert set(copies) == {1}
+    assert [parameter.data_ptr() for parameter in block.parameters()] == weights
+    for part in ("inputs", "gradients"):
+        for name, moment in getattr(whole, part).items():
+            assert torch.equal(moment, getattr(found, part)[name]), name
 
 
 def test_batches_do_not_change_moments(tiny, blocks):
@@ -138,11 +203,11 @@ def test_calibration_is_the_same_to_the_last_bit_on_a_gpu(tiny):
             assert torch.equal(moment, getattr(second, part)[name]), name
 
 
-def test_a_saved_calibration_reads_back(tiny, blocks, tmp_path):
+def test_a_calibration_in_a_file_is_the_one_in_memory(tiny, blocks, tmp_path):
     model = tiny(dtype=torch.bfloat16)
     targets = find_targets(model)
     found = calibrate(model, targets, blocks[:8], gradients=True)
-    found.save(tmp_path / "calibration.safetensors")
+    calibrate(model, targets, blocks[:8], gradients=True, file=tmp_path / "calibration.safetensors")
     again = Calibration.load(tmp_path / "calibration.safetensors")
     assert (again.leader, again.tokens, again.total_tokens) == (found.leader, found.tokens, found.total_tokens)
     for part in ("inputs", "gradients"):

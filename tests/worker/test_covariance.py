@@ -44,3 +44,14 @@ def test_values_that_are_not_finite_are_noticed():
 
 def test_no_tokens_give_zero():
     assert not Moments(3).take_mean().any()
+
+
+@pytest.mark.parametrize("size", [511, 512, 700, 1024])
+def test_a_large_sum_of_which_half_is_computed_is_whole_in_the_end(size):
+    X = torch.randn(96, size, generator=torch.Generator().manual_seed(0))
+    moments = Moments(size)
+    moments.add(X[:40])
+    moments.add(X[40:])
+    found = moments.take_mean()
+    assert torch.allclose(found.double(), X.double().mT @ X.double() / 96, atol=1e-6)
+    assert torch.allclose(found, found.mT, atol=1e-6)

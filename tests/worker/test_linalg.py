@@ -66,7 +66,12 @@ def test_values_that_are_not_finite_are_refused_by_name(bad):
 @pytest.mark.parametrize("shape", [(6, 11), (11, 6), (8, 8)])
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_every_solver_in_the_chain_reconstructs_the_matrix(monkeypatch, shape, failing):
-    M = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    # singular, so that a Gram matrix does not do
+    M = torch.randn(m, 5, dtype=torch.float64, generator=generator) @ torch.randn(
+        5, n, dtype=torch.float64, generator=generator
+    )
     svd, left = torch.linalg.svd, failing
 
     def stubborn(*args, **kwargs):
@@ -78,9 +83,32 @@ def test_every_solver_in_the_chain_reconstructs_the_matrix(monkeypatch, shape, f
 
     monkeypatch.setattr(torch.linalg, "svd", stubborn)
     found = decompose(M)
-    assert found.solver == ["svd", "svd of the transpose", "gram"][failing]
+    assert found.solver == ["svd", "svd of the transpose", "gram, not all digits"][failing]
     assert torch.allclose(found.U * found.S @ found.Vh, M, atol=1e-9)
     assert (found.S.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (20, 20)])
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6])
+def test_the_smaller_gram_matrix_gives_what_the_svd_gives(shape, smallest):
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 20, dtype=torch.float64, generator=generator))[0] for size in shape)
+    M = U * torch.logspace(0, float(torch.tensor(smallest).log10()), 20, dtype=torch.float64) @ V.mT
+    found = decompose(M)
+    assert found.solver == "gram"
+    exact = torch.linalg.svdvals(M)
+    assert torch.allclose(found.S, exact, rtol=1e-9, atol=0)
+    assert torch.allclose(found.U * found.S @ found.Vh, M, rtol=0, atol=1e-14)
+    for rank in (5, 10):
+        error = (found.U[:, :rank] * found.S[:rank] @ found.Vh[:rank] - M).square().sum()
+        assert float(error) == pytest.approx(float(exact[rank:].square().sum()), rel=1e-8)
+
+
+def test_a_gram_matrix_does_only_where_it_shows_all_components_that_are_needed():
+    M = torch.diag(torch.tensor([1.0, 1e-3, 1e-9], dtype=torch.float64))
+    assert decompose(M).solver == "svd"
+    assert decompose(M, components=2).solver == "gram"
+    assert torch.allclose(decompose(M, components=2).S, M.diagonal(), rtol=1e-12, atol=1e-16)
 
 
 def test_the_root_survives_an_eigensolver_that_gives_up(monkeypatch):
@@ -104,4 +132,4 @@ def test_a_silent_failure_of_every_driver_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda A: broken(A)[1:])
     with pytest.raises(NumericalError) as caught:
         decompose(torch.eye(3), name="x")
-    assert len(caught.value.data["tried"]) == 3
+    assert len(caught.value.data["tried"]) == 4
