@@ -18,6 +18,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,7 @@ def build_bank(
     metric: Metric,
     dtype: torch.dtype | None = None,
     damping: float = DAMPING,
+    shrinkage: float = 0.0,
     full: bool = False,
     device: str | torch.device | None = None,
     file: str | Path | None = None,
@@ -127,6 +129,7 @@ def build_bank(
         dtype: Storage dtype of the factors; that of each weight when None. More digits would be lost at once: a trial
             runs in the model's dtype.
         damping: Relative eigenvalue clamp of the roots.
+        shrinkage: Of the covariances, as in `square_root`.
         full: Store all `min(m, n)` components; otherwise up to the break-even rank, past which dense is smaller.
         device: Where to decompose and leave the factors; that of each weight when None.
         file: Where the factors are written as they come, to be mapped from there; kept on the device when None.
@@ -149,7 +152,8 @@ def build_bank(
             shapes = _shapes(targets, stored, {name: dtype or weight.dtype for name, weight in weights.items()})
             written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
             keep = written.write
-        factored = _factored(targets, weights, stored, calibration, metric, damping, device)
+        root_of = partial(square_root, damping=damping, shrinkage=shrinkage)
+        factored = _factored(targets, weights, stored, calibration, metric, root_of, device)
         for index, (name, factors, fact) in enumerate(factored):
             keep(f"spectra/{name}", factors.sigma.cpu())
             keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
@@ -179,7 +183,7 @@ def _factored(
     stored: Mapping[str, int],
     calibration: Calibration | None,
     metric: Metric,
-    damping: float,
+    root_of: Callable[..., Root],
     device: str | torch.device | None,
 ) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
     """Each target's name, its factors and further facts; only one target's are in memory at a time."""
@@ -193,16 +197,16 @@ def _factored(
             lead = calibration.leader[name]
             if root is None or root[0] != lead:
                 root = None  # before another one is made
-                root = (lead, square_root(pooled.input(target).to(W.device), damping=damping, name=name))
+                root = (lead, root_of(pooled.input(target).to(W.device), name=name))
             C = root[1]
         if metric == "two_sided" and pooled is not None:
-            G = square_root(pooled.gradient(target).to(W.device), damping=damping, name=name)
+            G = root_of(pooled.gradient(target).to(W.device), name=name)
         factors = factor(W, C, G, components=stored[name], name=name)
         del W, G
         # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
         share = pooled.share(target) if pooled and metric == "feature" else 1.0
         seen = pooled.facts(target, gradients=metric == "two_sided") if pooled else {}
-        yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": damping if C else 0.0, **seen}
+        yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": C.damping if C else 0.0, **seen}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,27 @@
 
 Per target y = W x: the second moment `C = E[x x']` of its inputs (one for all targets that are fed the very same
 tensor, such as q, k and v) and `G = E[g g']` of `g = dL/dy`, where L is the summed negative log-likelihood of the
-text itself. Parameters never require a gradient, so no weight gradient exists at any time; only activations are
-differentiated.
+text itself or of tokens drawn from the model. Parameters never require a gradient, so no weight gradient exists at any
+time; only activations are differentiated.
 
 Covariances of a whole model are several times its size. So they are collected section by section, a few blocks at a
 time, and may go straight to a file; the numbers do not depend on the sections.
 
-Both are sums over tokens in fp32. C is divided by the tokens the target saw and G by all tokens of the text, so that
-`tr(G D C D')` is in nats per token for a target that sees every token and for an expert that sees a few.
+Both are sums over tokens in fp32; C may be asked for centred within pools of sequences. C is divided by the tokens the
+target saw and G by all tokens of the text, so that `tr(G D C D')` is in nats per token for a target that sees every
+token and for an expert that sees a few.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -30,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.targets import Target
-from ranksearch.worker.covariance import Moments
+from ranksearch.worker.covariance import Moments, PooledCovariance
 from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.sections import Groups, Section, plan_sections
@@ -57,6 +59,7 @@ class Calibration:
         gradients: Target -> `m x m` mean of g g'; empty without gradients.
         tokens: Target -> feature vectors seen.
         total_tokens: Tokens of the text.
+        means: Leader target -> `n` mean of x, fp32, if its covariance is centred; empty otherwise.
     """
 
     inputs: Mapping[str, Tensor]
@@ -64,6 +67,7 @@ class Calibration:
     gradients: Mapping[str, Tensor]
     tokens: Mapping[str, int]
     total_tokens: int
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
     def input(self, name: str) -> Tensor:
         """`n x n` second moment of a target's inputs."""
@@ -79,12 +83,12 @@ class Calibration:
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Calibration:
-        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "gradients": {}}
+        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "gradients": {}, "means": {}}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = tensor
-        inputs, gradients = parts["inputs"], parts["gradients"]
-        return cls(inputs=inputs, gradients=gradients, **facts)
+        inputs, gradients, means = parts["inputs"], parts["gradients"], parts["means"]
+        return cls(inputs=inputs, gradients=gradients, means=means, **facts)
 
 
 def calibrate(
@@ -93,6 +97,8 @@ def calibrate(
     blocks: Tensor,
     *,
     gradients: bool,
+    labels: Literal["text", "model"] = "text",
+    pool: int | None = None,
     batch_tokens: int = 4096,
     memory_limit: int | None = None,
     file: str | Path | None = None,
@@ -106,6 +112,9 @@ def calibrate(
         targets: What to observe.
         blocks: Token ids, `sequences x length`.
         gradients: Also run the backward pass and accumulate G.
+        labels: Whose next tokens the gradients are of: the text's own, or, for the Fisher information itself, ones
+            drawn from the model's predictions, with a fixed seed.
+        pool: Sequences per pool, if covariances are to be centred within pools; uncentred when None.
         batch_tokens: Tokens per forward (and backward) pass, at least one sequence; halved when a device's memory does
             not suffice.
         memory_limit: Bytes of covariances, and of weights that have to be fetched, to hold on the device at once; the
@@ -125,14 +134,16 @@ def calibrate(
     sections = plan_sections(model, groups, blocks, gradients=gradients, limit=limit)
     whole = sections[0].parts is None
     rows = max(1, batch_tokens // blocks.shape[1])
-    with _Kept(groups, gradients=gradients, total_tokens=blocks.numel(), file=file) as kept:
+    slope = _SlopeOfLoss(readout, drawn=labels == "model")
+    with _Kept(groups, gradients=gradients, centred=pool is not None, total_tokens=blocks.numel(), file=file) as kept:
         while True:
+            rows = rows if pool is None else math.gcd(rows, pool)  # no batch in two pools
             try:
                 stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
                 parts = [section.parts or range(1) for section in sections]
                 sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
                 with _frozen(model), _repeatable(readout.device):
-                    _collect(model, sections, sweep, readout, kept, gradients=gradients, progress=progress)
+                    _collect(model, sections, sweep, slope, kept, gradients=gradients, pool=pool, progress=progress)
                 break
             except torch.OutOfMemoryError:
                 if rows == 1:
@@ -146,10 +157,11 @@ def _collect(
     model: nn.Module,
     sections: Sequence[Section],
     sweep: Sweep,
-    readout: Readout,
+    slope: _SlopeOfLoss,
     kept: _Kept,
     *,
     gradients: bool,
+    pool: int | None,
     progress: Progress,
 ) -> None:
     """Runs the sweep through all sections and keeps each one's covariances as soon as they are complete."""
@@ -158,21 +170,22 @@ def _collect(
 
     def count(batches: Iterator[int], observer: _Observer | None = None) -> None:
         nonlocal done
+        sequences = 0
         for rows in batches:
+            sequences += rows
             if observer is not None:
                 observer.check()
+                if pool is not None and sequences % pool == 0:
+                    observer.close_pools()
             done += rows
             progress(done / (runs * sweep.sequences))
 
     def observe(number: int, groups: Groups, *, keep: bool, backward: bool) -> None:
-        with _Observer(model, groups, gradients=backward) as observer:
-            run = sweep.backward(number, loss, keep=keep) if backward else sweep.forward(number, keep=keep)
+        with _Observer(model, groups, gradients=backward, centred=pool is not None) as observer:
+            run = sweep.backward(number, slope, keep=keep) if backward else sweep.forward(number, keep=keep)
             count(run, observer)
         if backward == gradients:
             kept.take(observer)
-
-    def loss(hidden: Tensor, ids: Tensor) -> Tensor:
-        return _nll_gradient(readout, hidden, ids)
 
     numbers = range(len(sections))
     for number in numbers[:-1] if gradients else ():
@@ -194,7 +207,9 @@ def _look_for_nan(finite: list[Tensor], hidden: Tensor) -> None:
 class _Kept:
     """Covariances on the CPU, in a file or in memory."""
 
-    def __init__(self, groups: Groups, *, gradients: bool, total_tokens: int, file: str | Path | None) -> None:
+    def __init__(
+        self, groups: Groups, *, gradients: bool, centred: bool, total_tokens: int, file: str | Path | None
+    ) -> None:
         self._leader = {target.name: group[0].name for group in groups for target in group}
         self._tokens: dict[str, int] = {}
         self._total = total_tokens
@@ -202,7 +217,10 @@ class _Kept:
         if file is not None:
             sizes = {f"inputs/{group[0].name}": group[0].in_features for group in groups}
             sizes |= {f"gradients/{t.name}": t.out_features for group in groups for t in group if gradients}
+            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
             shapes = {name: ((size, size), torch.float32) for name, size in sizes.items()}
+            if centred:
+                shapes |= {f"means/{group[0].name}": ((group[0].in_features,), torch.float32) for group in groups}
             # names twice, a number each, quoted once more in the header
             self._file = TensorFile(file, shapes, room=4 * len(json.dumps(self._leader)) + 32 * len(self._leader) + 256)
 
@@ -210,8 +228,10 @@ class _Kept:
         """Takes the means over; nothing of them is left on the device."""
         while observer.inputs:
             name, moments = observer.inputs.popitem()
-            self._tokens[name] = moments.tokens
             self._write(f"inputs/{name}", moments.take_mean())
+            self._tokens[name] = moments.tokens
+            if isinstance(moments, PooledCovariance):
+                self._write(f"means/{name}", moments.mean)
         while observer.outputs:
             name, moments = observer.outputs.popitem()
             self._write(f"gradients/{name}", moments.take_mean(self._total))
@@ -243,11 +263,12 @@ class _Kept:
 class _Observer:
     """Hooks that feed moments, for the targets of one pass."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[Target]], *, gradients: bool) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[Target]], *, gradients: bool, centred: bool) -> None:
         self._model, self._groups, self._gradients = model, groups, gradients
         self._hooks: list[Any] = []
         device = next(model.parameters()).device
-        self.inputs = {g[0].name: Moments(g[0].in_features, device=device) for g in groups}
+        collect = PooledCovariance if centred else Moments
+        self.inputs = {g[0].name: collect(g[0].in_features, device=device) for g in groups}
         self.outputs = {t.name: Moments(t.out_features, device=device) for g in groups for t in g} if gradients else {}
 
     def __enter__(self) -> _Observer:
@@ -275,6 +296,11 @@ class _Observer:
         with torch.no_grad():
             self.outputs[name].add(gradient)
 
+    def close_pools(self) -> None:
+        for moments in self.inputs.values():
+            if isinstance(moments, PooledCovariance):
+                moments.close_pool()
+
     def check(self) -> None:
         """Raises NumericalError naming the first target, in the order of the model, whose moments are not finite."""
         for what, moments in (("inputs", self.inputs), ("output gradients", self.outputs)):
@@ -297,21 +323,32 @@ def _repeatable(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _nll_gradient(readout: Readout, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Gradient `batch x length x d` of the summed negative log-likelihood of `ids` at the final hidden states."""
-    leaves = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    labels = ids[:, 1:].reshape(-1)
-    # three fp32 copies of a chunk's logits live at the same time
-    chunk = max(1, LOGIT_BYTES // (12 * readout.vocabulary))
-    parts = []
-    for h, y in zip(leaves.split(chunk), labels.split(chunk), strict=True):
-        leaf = h.detach().requires_grad_()
-        nll = F.cross_entropy(readout.logits(leaf).float(), y, reduction="sum")
-        (part,) = torch.autograd.grad(nll, leaf)
-        parts.append(part)
-    gradient = torch.zeros_like(hidden)
-    gradient[:, :-1] = torch.cat(parts).view(*hidden[:, :-1].shape)
-    return gradient
+class _SlopeOfLoss:
+    """Gradient of the summed negative log-likelihood of a batch's next tokens at its final hidden states."""
+
+    def __init__(self, readout: Readout, *, drawn: bool) -> None:
+        self._readout = readout
+        self._generator = torch.Generator(readout.device).manual_seed(0) if drawn else None
+
+    def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """`batch x length x d` of both."""
+        leaves = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        labels = ids[:, 1:].reshape(-1)
+        # three fp32 copies of a chunk's logits live at the same time
+        chunk = max(1, LOGIT_BYTES // (12 * self._readout.vocabulary))
+        parts = [self._part(h, y) for h, y in zip(leaves.split(chunk), labels.split(chunk), strict=True)]
+        gradient = torch.zeros_like(hidden)
+        gradient[:, :-1] = torch.cat(parts).view(*hidden[:, :-1].shape)
+        return gradient
+
+    def _part(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            logits = self._readout.logits(leaf).float()
+            if self._generator is not None:
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=self._generator).squeeze(1)
+            (part,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), leaf)
+        return part
 
 
 @torch.no_grad()

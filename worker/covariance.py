@@ -4,7 +4,7 @@ Notation:
     x: one feature vector, `n`.
     X: a batch of them as rows, `tokens x n`.
 
-Uncentred, as SVD-LLM takes them; Bolaco [Bolaco2024]_ centres them within pools of sequences.
+Uncentred, as SVD-LLM takes them, or centred within pools of sequences, as Bolaco does [Bolaco2024]_.
 
 .. [Bolaco2024] Ji et al., Adaptive Feature-based Low-Rank Compression of Large Language Models via Bayesian
    Optimization, Findings of EMNLP 2024, https://arxiv.org/abs/2405.10616
@@ -78,3 +78,68 @@ class Moments:
         step = size if size < SMALL else -(-size // 4 // 64) * 64  # multiples of 64: fast to read on any device
         for start in range(0, size, step):
             yield start, min(start + step, size)
+
+
+class PooledCovariance:
+    """Covariances within pools of sequences, averaged over the pools with their tokens as weights [Bolaco2024]_.
+
+    A drift of the mean from pool to pool is in none of them. Within a pool, with c the mean of its first batch, t its
+    tokens and d = mean(x) - c,
+
+        covariance = (sum (x - c)(x - c)' - t d d') / (t - 1),
+
+    which loses no digits to a large mean.
+
+    Attributes:
+        tokens: Vectors in closed pools.
+        mean: `n`, fp32, mean of x; complete after `take_mean`.
+    """
+
+    def __init__(self, size: int, *, device: torch.device | str = "cpu") -> None:
+        """Allocates a pool and the average.
+
+        Args:
+            size: Length n of a feature vector.
+            device: Where the features are.
+        """
+        self.tokens = 0
+        self.mean = torch.zeros(size, dtype=torch.float32, device=device)
+        self._average = torch.zeros(size, size, dtype=torch.float32, device=device)
+        self._open()
+
+    def _open(self) -> None:
+        self._pool = Moments(len(self.mean), device=self.mean.device)
+        self._centre: Tensor | None = None
+        self._sum = torch.zeros_like(self.mean)
+
+    def add(self, X: Tensor) -> None:
+        """Adds a batch of feature vectors, `... x n`, to the open pool."""
+        X = X.detach().reshape(-1, X.shape[-1]).float()
+        if self._centre is None and len(X):
+            self._centre = X.mean(0)
+        if self._centre is not None:
+            self._pool.add(X - self._centre)
+            self._sum += (X - self._centre).sum(0)
+
+    def close_pool(self) -> None:
+        """Ends a pool; one of fewer than two vectors stays open."""
+        tokens = self._pool.tokens
+        if tokens < 2 or self._centre is None:
+            return
+        shift = self._sum / tokens
+        covariance = self._pool.take_mean(1).addr_(shift, shift, alpha=-tokens).div_(tokens - 1)
+        self.tokens += tokens
+        weight = tokens / self.tokens
+        self._average.lerp_(covariance, weight)
+        self.mean.lerp_(self._centre + shift, weight)
+        self._open()
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or Inf came in."""
+        return self._pool.finite and bool(self._average.diagonal().isfinite().all())
+
+    def take_mean(self) -> Tensor:
+        """`n x n` average over the pools; zeros if there was none."""
+        self.close_pool()
+        return self._average

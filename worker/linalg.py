@@ -4,6 +4,9 @@ Policy, for every caller: work in fp64 on a symmetrized matrix; clamp eigenvalue
 divide by clamped eigenvalues only, never by a formed inverse; when a LAPACK driver does not converge try the next one;
 say in the result what was done. A singular or zero covariance is a fact to record, not an error. Only values that are
 not finite are refused.
+
+.. [LW2004] Ledoit, Wolf, A well-conditioned estimator for large-dimensional covariance matrices, Journal of
+   Multivariate Analysis 88, 2004
 """
 
 from __future__ import annotations
@@ -92,12 +95,13 @@ class Decomposition:
     solver: str
 
 
-def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "") -> Root:
+def square_root(covariance: Tensor, *, damping: float = DAMPING, shrinkage: float = 0.0, name: str = "") -> Root:
     """Takes the symmetric root `Q diag(max(e, damping * mean(e)))^(1/2) Q'` of a positive semi-definite matrix.
 
     Args:
         covariance: `n x n`, any float dtype; only its symmetric part is used.
         damping: Relative clamp; 0 keeps a singular matrix singular.
+        shrinkage: Weight s of the mean eigenvalue e in `(1 - s) C + s e I` [LW2004]_, taken before the clamp.
         name: Target to name in an error.
 
     Returns:
@@ -123,6 +127,7 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, name: str = "")
         )
     # dividing by the mean eigenvalue keeps tiny gradient covariances away from the range where drivers lose accuracy
     (eigenvalues, Q), solver = _first_that_converges(A.div_(mean), [("eigh", _eigh), ("svd", _eigh_by_svd)], name)
+    eigenvalues = (1 - shrinkage) * eigenvalues + shrinkage
     clamp = max(damping, 0.0)
     raised = eigenvalues.clamp(min=clamp)
     share = eigenvalues.clamp(min=0)

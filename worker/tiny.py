@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -149,7 +149,7 @@ def train(
     blocks = {name: cut(tokenize(tokenizer, text), LENGTH) for name, text in texts.items()}
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_config(len(tokenizer), hidden, layers))
-    loss = _fit(model, blocks["train"], steps, seed, show)
+    loss = fit(model, blocks["train"], steps=steps, seed=seed, show=show)
     model = model.to(torch.bfloat16).eval()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=out) as draft:
@@ -182,13 +182,25 @@ def _config(vocabulary: int, hidden: int, layers: int) -> LlamaConfig:
     )
 
 
-def _fit(model: Any, blocks: Tensor, steps: int, seed: int, show: bool) -> float:
+def fit(model: Any, blocks: Tensor, *, steps: int, seed: int = 0, batch: int = BATCH, show: bool = False) -> float:
     """Train over shuffled epochs, with a warm-up and a cosine decay; returns the mean loss of the last tenth.
 
     The matrices inside the blocks take orthogonal steps (Muon: Jordan et al., 2024; torch 2.9 has it). That reaches in
     half the steps what AdamW reaches, and uses the matrices' whole spectrum as long training does.
+
+    Args:
+        model: A causal language model.
+        blocks: Token ids, `sequences x length`.
+        steps: Optimizer steps.
+        seed: Of the order of the sequences.
+        batch: Sequences per step.
+        show: Draw a progress bar.
     """
-    inside = {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [
+        model.get_output_embeddings()
+    ]
+    outside = {id(p) for module in tables for p in module.parameters()}
+    inside = {id(p) for p in model.parameters() if p.ndim == 2 and id(p) not in outside}
     optimizers: list[Any] = [
         torch.optim.Muon([p for p in model.parameters() if id(p) in inside], lr=0.02, adjust_lr_fn="original"),
         torch.optim.AdamW(
@@ -204,9 +216,9 @@ def _fit(model: Any, blocks: Tensor, steps: int, seed: int, show: bool) -> float
     model.train()
     losses: list[float] = []
     with tqdm(total=steps, desc="training", unit="step", disable=None if show else True, leave=False) as bar:
-        for batch in _batches(blocks, steps, seed):
+        for ids in _batches(blocks, steps, seed, batch):
             model.zero_grad(set_to_none=True)
-            loss = model(input_ids=batch, labels=batch).loss
+            loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
@@ -218,14 +230,14 @@ def _fit(model: Any, blocks: Tensor, steps: int, seed: int, show: bool) -> float
     return sum(last) / len(last)
 
 
-def _batches(blocks: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+def _batches(blocks: Tensor, steps: int, seed: int, rows: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
-        while len(order) < BATCH:
+        while len(order) < rows:
             order = torch.cat([order, torch.randperm(len(blocks), generator=generator)])
-        yield blocks[order[:BATCH]]
-        order = order[BATCH:]
+        yield blocks[order[:rows]]
+        order = order[rows:]
 
 
 @torch.inference_mode()

@@ -222,3 +222,62 @@ def test_the_first_target_with_broken_features_is_named(tiny, blocks):
         calibrate(model, find_targets(model), blocks, gradients=False)
     assert caught.value.data["target"] == "model.layers.0.mlp.down_proj"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers.modules())
+
+
+def test_covariances_centred_within_pools(tiny, blocks):
+    model = tiny("llama")
+    targets = find_targets(model)
+    seen = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(input_ids=blocks)
+    hook.remove()
+    found = calibrate(model, targets, blocks, gradients=False, pool=2, batch_tokens=3 * blocks.shape[1])
+    pools = [pool.flatten(0, 1).double() for pool in seen[0].split(2)]
+    tokens = sum(len(pool) for pool in pools)
+    expected = sum(pool.mT.cov() * len(pool) / tokens for pool in pools)
+    name = "model.layers.0.mlp.down_proj"
+    torch.testing.assert_close(found.input(name).double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.means[name].double(), torch.cat(pools).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_centred_covariances_go_through_sections_and_files(tiny, blocks, tmp_path):
+    model = tiny("llama")
+    targets = find_targets(model)
+    whole = calibrate(model, targets, blocks, gradients=True, pool=2)
+    parts = calibrate(model, targets, blocks, gradients=True, pool=2, memory_limit=1, file=tmp_path / "calibration")
+    for name in whole.inputs:
+        assert torch.equal(whole.inputs[name], parts.inputs[name])
+        assert torch.equal(whole.means[name], parts.means[name])
+
+
+def test_labels_drawn_from_the_model_give_its_fisher_information(tiny, blocks):
+    model, blocks = tiny("llama"), blocks[:1, :6]
+    targets = find_targets(model)
+    drawn, again = (calibrate(model, targets, blocks, gradients=True, labels="model") for _ in range(2))
+    text = calibrate(model, targets, blocks, gradients=True)
+    name = targets[0].name
+    assert torch.equal(drawn.gradients[name], again.gradients[name])
+    assert not torch.allclose(drawn.gradients[name], text.gradients[name])
+    many = calibrate(model, targets, blocks.repeat(500, 1), gradients=True, labels="model").gradients[name]
+    expected = _fisher(model, name, blocks)
+    assert float((many - expected).norm() / expected.norm()) < 0.2
+
+
+def _fisher(model, name, blocks):
+    """Sum over next tokens v of p(v) g_v g_v', per token of the text: the Fisher information without sampling."""
+    outputs = []
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda module, args, y: outputs.append(y.requires_grad_()) or y
+    )
+    total = 0
+    for row in blocks[:, :-1]:
+        outputs.clear()
+        with torch.enable_grad():
+            logs = model(input_ids=row.unsqueeze(0)).logits.log_softmax(-1)[0]
+        for position in range(len(row)):
+            for label in range(logs.shape[-1]):
+                (slope,) = torch.autograd.grad(logs[position, label], outputs[0], retain_graph=True)
+                g = slope[0].double()
+                total = total + logs[position, label].exp().detach().double() * g.mT @ g
+    hook.remove()
+    return (total / blocks.numel()).float()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranksearch.worker.covariance import Moments
+from ranksearch.worker.covariance import Moments, PooledCovariance
 
 
 def features(tokens: int, size: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,3 +55,37 @@ def test_a_large_sum_of_which_half_is_computed_is_whole_in_the_end(size):
     found = moments.take_mean()
     assert torch.allclose(found.double(), X.double().mT @ X.double() / 96, atol=1e-6)
     assert torch.allclose(found, found.mT, atol=1e-6)
+
+
+def _pools(X: torch.Tensor, sizes: list[int]) -> PooledCovariance:
+    found = PooledCovariance(X.shape[1])
+    for pool in X.split(sizes):
+        for batch in pool.split(7):
+            found.add(batch)
+        found.close_pool()
+    return found
+
+
+def test_a_pooled_covariance_is_the_mean_of_those_within_the_pools() -> None:
+    X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) + 3
+    found = _pools(X, [20, 20, 20])
+    expected = torch.stack([pool.mT.cov() for pool in X.double().split(20)]).mean(0)
+    torch.testing.assert_close(found.take_mean().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean.double(), X.double().mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_drift_between_pools_is_left_out_and_a_large_mean_costs_no_digits() -> None:
+    X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    drifting = X + torch.tensor([0.0, 1e4, 2e4]).repeat_interleave(20).unsqueeze(1)
+    torch.testing.assert_close(
+        _pools(drifting, [20, 20, 20]).take_mean(), _pools(X, [20, 20, 20]).take_mean(), rtol=0, atol=2e-2
+    )
+
+
+def test_pools_of_fewer_than_two_vectors_wait_for_more() -> None:
+    X = torch.randn(21, 4, generator=torch.Generator().manual_seed(0))
+    found = _pools(X, [1, 20])
+    torch.testing.assert_close(found.take_mean(), X.mT.cov(), rtol=1e-4, atol=1e-5)
+    assert found.tokens == 21
+    assert not _pools(X[:1], [1]).take_mean().any()
+    assert not _pools(X[:0], [0]).take_mean().any()

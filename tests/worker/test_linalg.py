@@ -37,6 +37,21 @@ def test_a_singular_matrix_is_clamped_and_said_so(dtype):
     assert 1 < root.effective_rank <= 5.001
 
 
+def test_shrinkage_moves_the_eigenvalues_towards_their_mean():
+    A = spd(8, 20, torch.float64)
+    root = square_root(A, damping=0.0, shrinkage=0.3)
+    expected = 0.7 * A + 0.3 * A.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    assert torch.allclose(root.matrix @ root.matrix, expected)
+
+
+def test_dividing_by_a_covariance_takes_its_damping_along():
+    A = spd(8, 3, torch.float64)
+    root = square_root(A, damping=1e-2)
+    B = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(root.divide(B) @ root.matrix @ root.matrix, B)
+    assert not square_root(torch.zeros(8, 8)).divide(B).any()
+
+
 def test_the_effective_rank_of_the_identity_is_its_size():
     assert square_root(torch.eye(7)).effective_rank == pytest.approx(7)
 
