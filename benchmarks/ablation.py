@@ -24,7 +24,7 @@ import torch
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.space import Ranks, RankSpace, uniform
-from ranksearch.search.spec import JobSpec, Search
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Search
 from ranksearch.search.study import RankStudy
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
@@ -32,7 +32,7 @@ from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
-from ranksearch.worker.refine import TRAINING_TOKENS, Refined, Refinement
+from ranksearch.worker.refine import Refined, Refinement
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import apart, cut, read_text, sample, tokenize
 

@@ -26,6 +26,9 @@ Kept = Annotated[
 Positive = Annotated[int, Field(ge=1)]
 Step = Literal["sequential", "distill", "soco"]
 
+#: Tokens that `distill` and `soco` train on.
+TRAINING_TOKENS = 1_000_000
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

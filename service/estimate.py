@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from ranksearch.search.errors import RanksearchError
 from ranksearch.search.space import RankSpace, uniform
-from ranksearch.search.spec import JobSpec
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.search.targets import Target
 from ranksearch.service.models import BYTES_PER_ELEMENT, Tensors, find_targets
 from ranksearch.service.problems import at
@@ -173,8 +173,9 @@ def _moment_numbers(spec: JobSpec, targets: Sequence[Target]) -> int:
     return inputs + gradients
 
 
-def _bank_numbers(targets: Sequence[Target]) -> int:
-    return sum(t.full_rank * t.marginal for t in targets)
+def _bank_numbers(spec: JobSpec, targets: Sequence[Target]) -> int:
+    every = spec.method.all_components
+    return sum((t.full_rank if every else t.break_even) * t.marginal for t in targets)
 
 
 def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
@@ -183,13 +184,13 @@ def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
     activations = _TRIAL_TOKENS_AT_ONCE * widest * 16 * width
     calibrate = weights + min(4 * _moment_numbers(spec, space.targets), _MOMENTS_AT_ONCE) + activations
     factor = weights + max(8 * 6 * max(t.in_features, t.out_features) ** 2 for t in space.targets)
-    trial = weights + width * _bank_numbers(space.targets) + activations
+    trial = weights + width * _bank_numbers(spec, space.targets) + activations
     return Memory(model_bytes=weights, calibrate_bytes=calibrate, factor_bytes=factor, trial_bytes=trial)
 
 
 def _disk(spec: JobSpec, space: RankSpace, budgets: Sequence[BudgetEstimate], width: int) -> Disk:
     calibration = 4 * _moment_numbers(spec, space.targets)
-    bank = width * _bank_numbers(space.targets)
+    bank = width * _bank_numbers(spec, space.targets)
     checkpoints = sum(budget.checkpoint_bytes for budget in budgets)
     return Disk(
         calibration_bytes=calibration,
@@ -207,6 +208,13 @@ def _multiplied(space: RankSpace, kept: float) -> int:
     return int(np.where(ranks < space.full_ranks, ranks * space.marginals, space.dense_costs).sum())
 
 
+def _refined_tokens(spec: JobSpec, tokens: int) -> float:
+    """Operations of the steps after the search, per parameter of the model, for `tokens` of calibration text."""
+    # three strengths, each about ten runs of every block; training: the teacher once, the student forward and back
+    once = {"sequential": 3 * 10 * 2 * tokens, "distill": 10 * TRAINING_TOKENS, "soco": 18 * TRAINING_TOKENS}
+    return sum(once[step] for step in spec.method.steps)
+
+
 def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[str, float]:
     """Operations / speed: 2 per parameter and token forward, twice that backward."""
     calibration, evaluation = spec.calibration, spec.evaluation
@@ -220,7 +228,7 @@ def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[
         "calibrate": tokens * (passes * model + 2 * _moment_numbers(spec, targets)),
         "factor": sum(_SVD_OPERATIONS * t.parameters * t.full_rank for t in targets),
         "search": spec.search.trials * sum(trial) + 2 * evaluated * model,
-        "finish": 4 * (tested + evaluated) * model * len(spec.budget.kept),
+        "finish": (4 * (tested + evaluated) + _refined_tokens(spec, tokens)) * model * len(spec.budget.kept),
     }
     minutes = {stage: round(count / flops / 60, 3) for stage, count in operations.items()}
     return {**minutes, "total": round(sum(minutes.values()), 3)}

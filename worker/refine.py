@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import JobSpec
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, calibrate
@@ -30,9 +30,6 @@ from ranksearch.worker.soco import soco
 
 Pair = tuple[Tensor, Tensor]
 Progress = Callable[[float], None]
-
-#: Tokens that `distill` and `soco` train on.
-TRAINING_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,8 @@ class _Sweep:
             )
             found, rank = factor(W, root, G, name=target.name), right.shape[0]
             self.pairs[target.name] = (found.left[:rank].mT.to(left), found.right[:rank].to(right))
-            self.facts[target.name] = {"matched": "stream" if into_stream else "output", **found.facts}
+            matched = "stream" if into_stream else "output"
+            self.facts[target.name] = {"matched": matched, "damping": self._damping, **found.facts}
 
     def _gradients(self, target: Target, device: torch.device) -> Root | None:
         gradient = self._calibration.gradients.get(target.name)

@@ -16,7 +16,7 @@ import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import JobSpec, budget_label
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, budget_label
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
@@ -25,7 +25,7 @@ from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, s
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
-from ranksearch.worker.refine import TRAINING_TOKENS, Refined, Refinement
+from ranksearch.worker.refine import Refined, Refinement
 from ranksearch.worker.stream import BlockStream
 from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather

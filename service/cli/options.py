@@ -42,6 +42,12 @@ Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration 
 Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens per sequence.", rich_help_panel=SPEC)]
 Metric = Annotated[str | None, typer.Option("--metric", help="two_sided, feature, weight.", rich_help_panel=SPEC)]
 Form = Annotated[str | None, typer.Option("--form", help="factored or pivoted.", rich_help_panel=SPEC)]
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        "--refine", help="Steps after the search, comma separated: sequential, distill, soco.", rich_help_panel=SPEC
+    ),
+]
 Multiple = Annotated[
     int | None, typer.Option("--rank-multiple", help="Ranks are multiples of this.", rich_help_panel=SPEC)
 ]
@@ -123,6 +129,7 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "budget.kept": None if flags["kept"] is None else _numbers(flags["kept"]),
         "method.metric": flags["metric"],
         "method.form": flags["form"],
+        "method.refine": None if flags["refine"] is None else _words(flags["refine"]),
         "method.rank_multiple": flags["multiple"],
         "method.keep_dense": flags["dense"] or None,
         "search.trials": flags["trials"],
@@ -131,6 +138,10 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "search.seed": seed,
     }
     return {path: value for path, value in values.items() if value is not None}
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def local(path: str) -> str:
