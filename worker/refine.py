@@ -117,6 +117,8 @@ class Refinement:
         pairs = {name: self._bank.pair(name, ranks[name]) for name in below}
         refined = Refined(ranks=ranks, pairs=pairs, steps=())
         for place, step in enumerate(steps):
+            if not refined.pairs:
+                break  # every target is dense
             run = {"soco": self._soco, "sequential": self._sequential, "distill": self._distill}[step]
             refined = run(refined, lambda done, place=place: progress((place + done) / len(steps)))  # type: ignore[misc]
         return refined

@@ -30,6 +30,7 @@ OPT = {
     "word_embed_proj_dim": 16,
     "max_position_embeddings": 64,
 }
+GPT2 = {"vocab_size": 96, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SETTINGS = {
     "llama": {},
     "qwen2": {},
@@ -57,7 +58,7 @@ def tiny() -> Callable[..., nn.Module]:
 
     def build(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: object) -> nn.Module:
         if family == "gpt2":
-            config = AutoConfig.for_model("gpt2", vocab_size=96, n_embd=24, n_layer=2, n_head=4, n_positions=64)
+            config = AutoConfig.for_model("gpt2", **GPT2 | settings)
         elif family == "opt":
             config = AutoConfig.for_model("opt", **OPT | settings)
         else:

@@ -105,6 +105,17 @@ def test_each_step_makes_the_checkpoint_better_or_leaves_it(job: Callable[..., J
     assert not list((work.folder / "cache" / "refine").iterdir())  # what a restart would need is not needed any more
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])  # transposed weights; experts in one tensor
+@pytest.mark.parametrize("method", [{"form": "pivoted", "refine": ["sequential", "distill"]}, {"preset": "soco"}])
+def test_every_structure_goes_through_every_step(job: Callable[..., Job], family: str, method: dict[str, Any]) -> None:
+    work = job(family, **method)
+    work.refined()
+    finished = work.finished(refined=True)
+    assert finished["parameters"]["targets"] <= KEPT * finished["parameters"]["targets_dense"]
+    if "refine" in method:
+        assert finished["scores"]["final"]["evaluation"]["kl"] < finished["scores"]["best"]["evaluation"]["kl"]
+
+
 def test_what_is_exported_is_what_the_last_step_made(job: Callable[..., Job]) -> None:
     work = job(refine=["sequential"])
     refined, _ = work.refined()
@@ -139,6 +150,13 @@ def test_scores_after_a_search_are_kept_only_if_they_are_better(job: Callable[..
 def test_a_sweep_needs_no_calibration_with_gradients(job: Callable[..., Job], metric: str) -> None:
     _, said = job(metric=metric, refine=["sequential"]).refined()
     assert set(said["steps"][0]["tried"]) >= {"0", "0.5", "0.75"}
+
+
+def test_nothing_is_done_where_everything_is_dense(job: Callable[..., Job]) -> None:
+    work = job(refine=["sequential", "distill"])
+    dense = {target.name: target.full_rank for target in work.targets}
+    said = work.bench.refine(work.context, dense, 1.0, str(work.folder / "refined"), progress=print)
+    assert said == {"ranks": dense, "steps": []}
 
 
 def test_training_text_shares_nothing_with_the_evaluation(job: Callable[..., Job]) -> None:
