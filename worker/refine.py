@@ -163,6 +163,7 @@ class Refinement:
                         calibration,
                         blocks,
                         strength=strength,
+                        scratch=self._state.parent,
                         progress=lambda done, place=place: progress((place - 1 + done) / 3),  # type: ignore[misc]
                     ).pairs
                 )

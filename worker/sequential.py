@@ -22,9 +22,10 @@ Targets that see a choice of the tokens (experts) keep their factors: dense and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ from ranksearch.search.targets import Target
 from ranksearch.worker.bank import factor
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.linalg import DAMPING, Root, square_root
+from ranksearch.worker.placement import held
 from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.spill import Spill
 from ranksearch.worker.stream import BlockStream
 
 Pair = tuple[Tensor, Tensor]
@@ -66,6 +69,7 @@ def resolve(
     *,
     strength: float,
     damping: float = DAMPING,
+    scratch: str | Path | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Resolved:
     """Solve every factored target again, block by block.
@@ -78,17 +82,20 @@ def resolve(
         blocks: Token ids of the calibration, `sequences x length`.
         strength: Share of the correction that is taken.
         damping: Relative clamp of the eigenvalues of B.
+        scratch: Folder on a disk for the hidden states between blocks; the system's own when None.
         progress: Told the fraction done.
 
     Raises:
         UnsupportedModel: The model's blocks cannot be run one at a time.
         NumericalError: A covariance is not finite; names the target.
+        OSError: The disk is full.
     """
     prefix.set_dense()
-    sweep = _Sweep(prefix, pairs, calibration, blocks, strength=strength, damping=damping)
+    sweep = _Sweep(prefix, pairs, calibration, blocks, strength=strength, damping=damping, scratch=scratch)
     for index, path in enumerate(sweep.stream.paths):
         inside = [target for target in targets if target.name.startswith(f"{path}.")]
-        sweep.solve_block(index, _by_input(inside, calibration))
+        with held(prefix.model, [path]):
+            sweep.solve_block(index, _by_input(inside, calibration))
         progress((index + 1) / len(sweep.stream.paths))
     prefix.set_dense()
     return Resolved(pairs=sweep.pairs, facts=sweep.facts)
@@ -113,17 +120,19 @@ class _Sweep:
         *,
         strength: float,
         damping: float,
+        scratch: str | Path | None,
     ) -> None:
-        self._prefix, self._calibration = prefix, calibration
+        self._prefix, self._calibration, self._scratch = prefix, calibration, scratch
+        self._device = next(prefix.model.parameters()).device
         self._strength, self._damping = strength, damping
         self.stream = BlockStream(prefix.model, blocks, rows=max(1, BATCH_TOKENS // blocks.shape[1]))
         self.pairs, self.facts = dict(pairs), dict[str, dict[str, Any]]()
         self._solved: dict[str, Pair] = {}  # what the compressed model runs by now
-        self._dense = list(self.stream.embed())
-        self._compressed = list(self._dense)
+        self._dense = self._stored(self.stream.embed())
+        self._compressed = self._dense
 
     def solve_block(self, index: int, groups: Sequence[Sequence[Target]]) -> None:
-        groups = self.stream.in_order(index, self._dense[0], {group[0].name: group for group in groups})
+        groups = self.stream.in_order(index, self._first(), {group[0].name: group for group in groups})
         for place, group in enumerate(groups):
             factored = [target for target in group if target.name in self.pairs]
             later = [target.name for after in groups[place + 1 :] for target in after]
@@ -131,9 +140,24 @@ class _Sweep:
                 self._solve(index, group, factored, later)
             self._solved |= {target.name: self.pairs[target.name] for target in factored}
         self._run_dense()
-        self._dense = [self.stream.run(index, hidden) for hidden in self._dense]
+        dense = self._stored(self.stream.run(index, hidden) for hidden, _ in self._batches())
         self._run_compressed()
-        self._compressed = [self.stream.run(index, hidden) for hidden in self._compressed]
+        self._compressed = self._stored(self.stream.run(index, hidden) for _, hidden in self._batches())
+        self._dense = dense
+
+    def _stored(self, hidden: Iterable[Tensor]) -> Spill:
+        spill = Spill(self._scratch)
+        for batch in hidden:
+            spill.append([batch])
+        return spill
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states of the dense and of the compressed model, batch by batch."""
+        for index in range(len(self._dense)):
+            yield self._dense[index][0].to(self._device), self._compressed[index][0].to(self._device)
+
+    def _first(self) -> Tensor:
+        return self._dense[0][0].to(self._device)
 
     def _solve(self, index: int, group: Sequence[Target], factored: Sequence[Target], later: Sequence[str]) -> None:
         leader = group[0].name
@@ -145,7 +169,7 @@ class _Sweep:
         root = square_root(B, damping=self._damping, name=leader)
         for target in factored:
             left, right = self.pairs[target.name]
-            W = self._prefix.dense_weight(target.name).to(torch.float64)
+            W = self._prefix.dense_weight(target.name).to(self._device, torch.float64)
             W = W + self._strength * root.divide(error if into_stream else W @ error)
             gradient = self._calibration.gradients.get(target.name)
             G = (
@@ -169,7 +193,7 @@ class _Sweep:
         """
         second = error = None
         tokens = 0
-        for dense, compressed in zip(self._dense, self._compressed, strict=True):
+        for dense, compressed in self._batches():
             seen = self._inputs_and_error(index, leader, later, dense, compressed)
             if seen is None:
                 return None
@@ -203,7 +227,7 @@ class _Sweep:
 
     def _writes_to_stream(self, index: int, name: str, later: Sequence[str]) -> bool:
         """Whether a change of the target's output, with the later targets silenced, leaves the block unchanged."""
-        hidden = self._dense[0]
+        hidden = self._first()
         generator = torch.Generator().manual_seed(0)
         change = torch.randn(hidden.shape, generator=generator).to(hidden) * hidden.float().square().mean().sqrt()
 
