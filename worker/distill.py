@@ -2,7 +2,7 @@
 
 Ranks stay as they are, and so do norms, biases, embeddings and head. Every factor is trained by AdamW on `KL(dense ||
 compressed)` plus a little of the text's own cross-entropy [3LEVEL]_, with the dense weights of the same model as the
-teacher; `worker/training.py` has the loss.
+teacher; `worker/student.py` has the loss.
 
 Adam moves every entry of a factor F by about its learning rate, so a step of rate h may turn F by h sqrt(numel) in
 spectral norm. Each factor's rate is the one that makes this the same share of its own size everywhere:
@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from ranksearch.search.errors import InvalidInput, NumericalError
 from ranksearch.worker.evaluate import Evaluation, Scores
-from ranksearch.worker.training import Product, Student, Training, batch, content_of, schedule
+from ranksearch.worker.student import Product, Student
+from ranksearch.worker.training import Training, batch, content_of, schedule
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 

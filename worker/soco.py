@@ -47,7 +47,8 @@ from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.search.targets import Target
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.fingerprints import content_hash
-from ranksearch.worker.training import Product, Student, Training, batch, compute_dtype, content_of
+from ranksearch.worker.student import Product, Student, compute_dtype
+from ranksearch.worker.training import Training, batch, content_of
 
 #: Largest change of a score per step, about: from all components, and from given ranks, whose order is worth something.
 LEARNING_RATE, REFINING_RATE = 0.05, 0.01

@@ -7,7 +7,7 @@ import torch
 
 from ranksearch.search.errors import InvalidInput, NumericalError
 from ranksearch.worker import distill as module
-from ranksearch.worker import training
+from ranksearch.worker import student
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.distill import distill, divide, step_size
 from ranksearch.worker.targets import find_targets
@@ -38,7 +38,7 @@ def few_steps(monkeypatch):
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
 )
 def test_training_brings_the_factors_nearer_to_the_dense_model(tiny, blocks, monkeypatch, dtype, compute):
-    monkeypatch.setattr(training, "compute_dtype", lambda model: compute)  # as on the CPU, and as elsewhere
+    monkeypatch.setattr(student, "compute_dtype", lambda model: compute)  # as on the CPU, and as elsewhere
     model = tiny(dtype=dtype)
     targets = find_targets(model)
     bank = build_bank(model, targets, None, metric="weight")
@@ -105,14 +105,14 @@ def test_the_best_factors_are_kept_and_a_training_that_only_spoils_them_ends_ear
 
 
 def test_steps_that_are_not_finite_are_left_out(parts, blocks, monkeypatch):
-    learn, calls = training.Student.learn, []
+    learn, calls = student.Student.learn, []
 
     def broken(self, ids, leaves, **options):
         calls.append(learn(self, ids, leaves, **options))
         return math.nan if broken.always or len(calls) == 3 else calls[-1]
 
     broken.always = False
-    monkeypatch.setattr(training.Student, "learn", broken)
+    monkeypatch.setattr(student.Student, "learn", broken)
     assert math.isfinite(run(parts, blocks).history[-1]["kl"])
     broken.always = True
     with pytest.raises(NumericalError, match="not finite"):

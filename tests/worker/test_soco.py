@@ -11,7 +11,7 @@ from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput, NumericalError
 from ranksearch.search.space import RankSpace
 from ranksearch.worker import soco as module
-from ranksearch.worker import training
+from ranksearch.worker import student
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.prefix import PrefixModel
@@ -186,7 +186,7 @@ def test_a_bank_without_all_components_is_refused(parts, blocks):
 
 
 def test_a_loss_that_is_never_finite_ends_the_run(parts, blocks, monkeypatch):
-    monkeypatch.setattr(training.Student, "learn", lambda self, ids, leaves, **options: _nothing(leaves))
+    monkeypatch.setattr(student.Student, "learn", lambda self, ids, leaves, **options: _nothing(leaves))
     with pytest.raises(NumericalError, match="not finite"):
         run(parts, 0.4, blocks)
 
