@@ -113,6 +113,7 @@ class Agent:
         )
         self._reaper.forget()
         shutil.rmtree(work_folder(self._settings, self._state.identity), ignore_errors=True)
+        self._state.forget_refinements()
         self._state.artifacts.sweep()
 
     def _launch(self) -> None:

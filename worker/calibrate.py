@@ -204,6 +204,12 @@ def _look_for_nan(finite: list[Tensor], hidden: Tensor) -> None:
     finite.append(hidden.isfinite().all())
 
 
+def leaders(model: nn.Module, targets: Sequence[Target], blocks: Tensor) -> dict[str, str]:
+    """Target -> the first of the targets that share its input."""
+    groups = _shared_inputs(model, targets, Readout(model, blocks), blocks)
+    return {target.name: group[0].name for group in groups for target in group}
+
+
 class _Kept:
     """Covariances on the CPU, in a file or in memory."""
 

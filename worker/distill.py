@@ -23,9 +23,11 @@ dense model.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,7 @@ def distill(
     blocks: Tensor,
     evaluation: Tensor,
     tokens: int,
+    objective: Literal["perplexity", "kl"] = "kl",
     seed: int = 0,
     learning_rate: float = LEARNING_RATE,
     ce_weight: float = CE_WEIGHT,
@@ -91,6 +94,7 @@ def distill(
         blocks: Token ids to train on, `sequences x length`, taken in a seeded order, more than once if need be.
         evaluation: Token ids that choose the best factors, `sequences x length`.
         tokens: Tokens to train on.
+        objective: By which score the best factors are chosen; they are always trained by the KL.
         seed: Of the order of the text.
         learning_rate: Spectral size of a step as a share of the factor's own.
         ce_weight: Weight of the text's own cross-entropy.
@@ -117,7 +121,7 @@ def distill(
             "method": "distill",
             "factors": _content(pairs),
             "text": [content_of(blocks), content_of(evaluation)],
-            "settings": [rows, steps, seed, learning_rate, ce_weight],
+            "settings": [rows, steps, seed, learning_rate, ce_weight, objective],
         },
         path=state,
         save_seconds=save_seconds,
@@ -126,16 +130,16 @@ def distill(
     with Student(model, products, blocks) as student:
         with student.teaching():
             text = Evaluation(model, evaluation, scratch=scratch)
-        best = _Best(training)
+        best = _Best(training, objective)
         if not best.history:
-            best.consider(0, text.score(model))
+            best.consider(0, lambda: text.score(model))
         checks = {round(i * steps / CHECKS) for i in range(1, CHECKS + 1)}
         while training.step < steps and not best.stale:
             ids = batch(blocks, training.step, rows, seed)
             kl = student.learn(ids, list(leaves.values()), ce_weight=ce_weight)
             training.update(kl, schedule(training.step, steps))
             if training.step in checks:
-                best.consider(training.step * ids.numel(), text.score(model))
+                best.consider(training.step * ids.numel(), lambda: text.score(model))
             training.save(now=training.step == steps or best.stale)
             progress(training.step / steps)
     found = training.tensors
@@ -171,20 +175,28 @@ def step_size(factor: Tensor, learning_rate: float) -> float:
 class _Best:
     """The factors of the best evaluation so far, as a part of the training's state."""
 
-    def __init__(self, training: Training) -> None:
-        self._training = training
+    def __init__(self, training: Training, objective: Literal["perplexity", "kl"]) -> None:
+        self._training, self._objective = training, objective
         self.history: list[dict[str, float]] = training.facts.setdefault("history", [])
 
-    def consider(self, tokens: int, scores: Scores) -> None:
-        if all(scores.kl < entry["kl"] for entry in self.history):
+    def consider(self, tokens: int, score: Callable[[], Scores]) -> None:
+        try:
+            scores = score()
+        except NumericalError:
+            if not self.history:
+                raise  # what came in is broken
+            self.history.append({"tokens": tokens, "kl": math.inf, "perplexity": math.inf})
+            return
+        found = {"tokens": tokens, "kl": scores.kl, "perplexity": scores.perplexity}
+        if all(found[self._objective] < entry[self._objective] for entry in self.history):
             self._training.tensors = {name: leaf.detach().cpu().clone() for name, leaf in self._training.leaves.items()}
-        self.history.append({"tokens": tokens, "kl": scores.kl, "perplexity": scores.perplexity})
+        self.history.append(found)
 
     @property
     def stale(self) -> bool:
         """Whether the last evaluations were all worse than the best one."""
-        kl = [entry["kl"] for entry in self.history]
-        return len(kl) - 1 - kl.index(min(kl)) >= PATIENCE
+        losses = [entry[self._objective] for entry in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) >= PATIENCE
 
 
 def _leaves(pairs: Pairs, device: torch.device) -> dict[str, Tensor]:

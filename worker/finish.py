@@ -39,7 +39,7 @@ def finish(
     best = space.unpack(searched["best"]["ranks"])
     rows = {"uniform": uniform(space, kept), "prior": Allocator(space, ground.spectra).prior(kept), "best": best}
     folder = run.fresh_folder("finish") / "checkpoint"
-    refined = _refine(run, space.as_dict(best), kept, folder.with_name("refined.safetensors"))
+    refined = _refine(run, space.as_dict(best), kept)
     vectors = {row: space.as_dict(ranks) for row, ranks in rows.items()}
     proof = run.ask("finish", vectors=vectors, folder=str(folder), refined=refined and refined["path"])
     budget = build_budget(
@@ -79,10 +79,11 @@ def publish(run: RunningJob, finished: Mapping[float, Facts]) -> dict[str, Any]:
     return {"checkpoints": [budget_label(kept) for kept in finished]}
 
 
-def _refine(run: RunningJob, ranks: dict[str, int], kept: float, output: Path) -> dict[str, Any] | None:
+def _refine(run: RunningJob, ranks: dict[str, int], kept: float) -> dict[str, Any] | None:
     """The steps of `method.refine`: where the factors are, their ranks, and what each step did."""
     if not run.spec.method.steps:
         return None
+    output = run.worker.refine_folder / f"{run.id}-{budget_label(kept)}"
     done: dict[str, Any] = run.ask("refine", ranks=ranks, kept=kept, output=str(output))
     for step in done["steps"]:
         run.tell("refined", kept=kept, **{key: value for key, value in step.items() if key != "history"})

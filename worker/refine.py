@@ -8,20 +8,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Step
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
-from ranksearch.worker.calibrate import Calibration, calibrate
+from ranksearch.worker.calibrate import Calibration, leaders
 from ranksearch.worker.distill import distill
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.prefix import PrefixModel
@@ -80,7 +81,7 @@ class Refinement:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         bank: FactorBank,
         space: RankSpace,
         blocks: Mapping[str, Tensor],
@@ -100,7 +101,8 @@ class Refinement:
             calibration: The bank's; None for metric `weight`.
             spec: The job's.
             kept: The budget.
-            state: Prefix of the files in which a step that takes long keeps its state.
+            state: Prefix of the files that hold what steps came to, and the state of one that takes long, until the
+                caller removes them.
         """
         self._model, self._bank, self._space, self._blocks = model, bank, space, blocks
         self._calibration, self._spec, self._kept, self._state = calibration, spec, kept, state
@@ -119,12 +121,32 @@ class Refinement:
         for place, step in enumerate(steps):
             if not refined.pairs:
                 break  # every target is dense
-            run = {"soco": self._soco, "sequential": self._sequential, "distill": self._distill}[step]
-            refined = run(refined, lambda done, place=place: progress((place + done) / len(steps)))  # type: ignore[misc]
+            refined = self._once(step, refined, lambda done, place=place: progress((place + done) / len(steps)))  # type: ignore[misc]
         return refined
 
+    def _once(self, step: Step, refined: Refined, progress: Progress) -> Refined:
+        """A step, or what it came to in an earlier process."""
+        file = self._file(f"after-{step}")
+        if file.exists():
+            return Refined.load(file, self._model.device)
+        run = {"soco": self._soco, "sequential": self._sequential, "distill": self._distill}[step]
+        try:
+            refined = run(refined, progress)
+        except NumericalError as error:
+            if step == "soco" and self._alone:
+                raise
+            refined = replace(refined, steps=[*refined.steps, {"step": step, "left_out": error.message}])
+        draft = file.with_name(f"{file.name}.draft")
+        refined.save(draft)
+        draft.replace(file)
+        return refined
+
+    @property
+    def _alone(self) -> bool:
+        return self._spec.method.preset == "soco"
+
     def _soco(self, refined: Refined, progress: Progress) -> Refined:
-        alone = self._spec.method.preset == "soco"
+        alone = self._alone
         chosen = soco(
             self._model,
             self._bank,
@@ -146,31 +168,35 @@ class Refinement:
         return Refined(ranks=chosen.ranks, pairs=chosen.pairs, steps=[*refined.steps, facts])
 
     def _sequential(self, refined: Refined, progress: Progress) -> Refined:
-        targets, blocks = self._space.targets, self._blocks[CALIBRATION]
-        calibration = self._calibration or calibrate(self._model, targets, blocks, gradients=False)
-        text = self._evaluation()
         best, tried = refined.pairs, dict[float, float]()
-        with PrefixModel(self._model, self._bank, targets) as prefix:
+        text, known = self._evaluation(), self._calibration
+        leader = known.leader if known else leaders(self._model, self._space.targets, self._blocks[CALIBRATION])
+        with PrefixModel(self._model, self._bank, self._space.targets) as prefix:
+
+            def attempt(strength: float, told: Progress) -> Mapping[str, Pair]:
+                if not strength:
+                    return refined.pairs
+                return resolve(
+                    prefix,
+                    refined.pairs,
+                    self._space.targets,
+                    self._blocks[CALIBRATION],
+                    leader=leader,
+                    gradients=known.gradients if known else {},
+                    strength=strength,
+                    scratch=self._state.parent,
+                    progress=told,
+                ).pairs
+
             for place in range(4):
-                strength = _next_strength(tried)
-                found = (
-                    refined.pairs
-                    if not strength
-                    else resolve(
-                        prefix,
-                        refined.pairs,
-                        targets,
-                        calibration,
-                        blocks,
-                        strength=strength,
-                        scratch=self._state.parent,
-                        progress=lambda done, place=place: progress((place - 1 + done) / 3),  # type: ignore[misc]
-                    ).pairs
-                )
-                prefix.set_pairs(found)
-                tried[strength] = self._loss(text)
-                if tried[strength] == min(tried.values()):
+                strength, loss = _next_strength(tried), math.inf
+                with suppress(NumericalError):
+                    found = attempt(strength, lambda done, place=place: progress((place - 1 + done) / 3))  # type: ignore[misc]
+                    prefix.set_pairs(found)
+                    loss = self._loss(text)
+                if loss < min(tried.values(), default=math.inf):
                     best = found
+                tried[strength] = loss
         chosen = min(tried, key=lambda strength: (tried[strength], strength))
         facts = {"step": "sequential", "strength": chosen, "tried": {f"{s:g}": found for s, found in tried.items()}}
         return replace(refined, pairs=best, steps=[*refined.steps, facts])
@@ -200,6 +226,7 @@ class Refinement:
             blocks=self._blocks[TRAINING],
             evaluation=self._blocks[EVALUATION],
             tokens=TRAINING_TOKENS,
+            objective=self._spec.search.objective,
             seed=self._spec.search.seed,
             state=self._file("distill"),
             scratch=self._state.parent,

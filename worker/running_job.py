@@ -7,11 +7,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ranksearch.search.errors import UnsafeModel
+from sqlalchemy.exc import SQLAlchemyError
+
+from ranksearch.search.errors import JobNotFound, UnsafeModel
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.jobs import Job, Jobs, Stage
@@ -63,6 +66,21 @@ class WorkerState:
     def cache_dir(self) -> Path:
         """Downloaded datasets and token ids, kept between jobs."""
         return self.settings.data_dir / "cache"
+
+    @property
+    def refine_folder(self) -> Path:
+        """What the steps after a search have come to, kept until the job is over: it may have taken hours."""
+        return self.cache_dir / "refine"
+
+    def forget_refinements(self) -> None:
+        """Remove what is kept there of jobs that are over."""
+        for path in self.refine_folder.glob("*"):
+            try:
+                over = self.jobs.get(path.name.partition("-")[0]).over
+            except JobNotFound:
+                over = True
+            if over:
+                path.unlink(missing_ok=True)
 
     def park(self) -> None:
         """Never return when the worker is stopping: the process is about to end, and the job goes on elsewhere."""
@@ -211,6 +229,8 @@ class RunningJob:
     def put_away(self) -> None:
         """Remove what lies around, here and in the device process."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(SQLAlchemyError):  # the next worker to start looks again
+            self.worker.forget_refinements()
         if self.worker.device.pid is not None:
             try:
                 self.worker.device.ask("close", job={}, check=self.worker.park)

@@ -62,10 +62,9 @@ def plan_sections(model: nn.Module, groups: Groups, ids: Tensor, *, gradients: b
 def _paths(model: nn.Module, ids: Tensor) -> list[str] | None:
     """Module paths of the blocks, if they can be run one at a time on any tokens."""
     try:
-        stream, other = (BlockStream(model, text, rows=1) for text in (ids, ids.flip(1)))
+        return BlockStream(model, ids, rows=1).paths
     except UnsupportedModel:
         return None
-    return stream.paths if stream.called_like(other) else None
 
 
 def _split(groups: Groups, gradients: bool, limit: int) -> list[Groups]:

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from ranksearch.search.targets import Target
 from ranksearch.worker.bank import factor
-from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.linalg import DAMPING, Root, square_root
 from ranksearch.worker.placement import held
 from ranksearch.worker.prefix import PrefixModel
@@ -64,9 +63,10 @@ def resolve(
     prefix: PrefixModel,
     pairs: Mapping[str, Pair],
     targets: Sequence[Target],
-    calibration: Calibration,
     blocks: Tensor,
     *,
+    leader: Mapping[str, str],
+    gradients: Mapping[str, Tensor],
     strength: float,
     damping: float = DAMPING,
     scratch: str | Path | None = None,
@@ -78,8 +78,9 @@ def resolve(
         prefix: The dense model with its targets swapped; runs dense afterwards.
         pairs: Factored target -> `left` `m x r` and `right` `r x n`; the other targets are dense.
         targets: All targets.
-        calibration: Tells which targets share an input, and holds the output gradients if the metric is two-sided.
         blocks: Token ids of the calibration, `sequences x length`.
+        leader: Target -> one of the targets that share its input, the same for all of them.
+        gradients: Target -> `m x m` covariance of its output gradients; empty for the metrics without.
         strength: Share of the correction that is taken.
         damping: Relative clamp of the eigenvalues of B.
         scratch: Folder on a disk for the hidden states between blocks; the system's own when None.
@@ -91,20 +92,20 @@ def resolve(
         OSError: The disk is full.
     """
     prefix.set_dense()
-    sweep = _Sweep(prefix, pairs, calibration, blocks, strength=strength, damping=damping, scratch=scratch)
+    sweep = _Sweep(prefix, pairs, gradients, blocks, strength=strength, damping=damping, scratch=scratch)
     for index, path in enumerate(sweep.stream.paths):
         inside = [target for target in targets if target.name.startswith(f"{path}.")]
         with held(prefix.model, [path]):
-            sweep.solve_block(index, _by_input(inside, calibration))
+            sweep.solve_block(index, _by_input(inside, leader))
         progress((index + 1) / len(sweep.stream.paths))
     prefix.set_dense()
     return Resolved(pairs=sweep.pairs, facts=sweep.facts)
 
 
-def _by_input(targets: Sequence[Target], calibration: Calibration) -> list[list[Target]]:
+def _by_input(targets: Sequence[Target], leader: Mapping[str, str]) -> list[list[Target]]:
     groups: dict[str, list[Target]] = {}
     for target in targets:
-        groups.setdefault(calibration.leader[target.name], []).append(target)
+        groups.setdefault(leader[target.name], []).append(target)
     return list(groups.values())
 
 
@@ -115,14 +116,14 @@ class _Sweep:
         self,
         prefix: PrefixModel,
         pairs: Mapping[str, Pair],
-        calibration: Calibration,
+        gradients: Mapping[str, Tensor],
         blocks: Tensor,
         *,
         strength: float,
         damping: float,
         scratch: str | Path | None,
     ) -> None:
-        self._prefix, self._calibration, self._scratch = prefix, calibration, scratch
+        self._prefix, self._gradients, self._scratch = prefix, gradients, scratch
         self._device = next(prefix.model.parameters()).device
         self._strength, self._damping = strength, damping
         self.stream = BlockStream(prefix.model, blocks, rows=max(1, BATCH_TOKENS // blocks.shape[1]))
@@ -171,20 +172,15 @@ class _Sweep:
             left, right = self.pairs[target.name]
             W = self._prefix.dense_weight(target.name).to(self._device, torch.float64)
             W = W + self._strength * root.divide(error if into_stream else W @ error)
-            gradient = self._calibration.gradients.get(target.name)
-            G = (
-                None
-                if gradient is None
-                else square_root(gradient.to(W.device), damping=self._damping, name=target.name)
-            )
-            found, rank = factor(W, root, G, name=target.name), right.shape[0]
+            rank = right.shape[0]
+            found = factor(W, root, self._gradient_root(target), components=rank, name=target.name)
             self.pairs[target.name] = (found.left[:rank].mT.to(left), found.right[:rank].to(right))
             matched = "stream" if into_stream else "output"
             self.facts[target.name] = {"matched": matched, "damping": self._damping, **found.facts}
 
-    def _gradients(self, target: Target, device: torch.device) -> Root | None:
-        gradient = self._calibration.gradients.get(target.name)
-        return None if gradient is None else square_root(gradient.to(device), damping=self._damping, name=target.name)
+    def _gradient_root(self, target: Target) -> Root | None:
+        G = self._gradients.get(target.name)
+        return None if G is None else square_root(G.to(self._device), damping=self._damping, name=target.name)
 
     def _moments(self, index: int, leader: str, later: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
         """E[z z'] and E[e z'], fp64, for the stream if `later` is given and else for x - z in place of e.

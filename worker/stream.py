@@ -57,19 +57,24 @@ class BlockStream:
             rows: Sequences per batch.
 
         Raises:
-            UnsupportedModel: A block's output is not the next one's input.
+            UnsupportedModel: A block's output is not the next one's input, or what a block is given beside the hidden
+                states depends on the tokens.
         """
         self._model = model
         self._batches = ids.split(rows)
         self.paths = block_stack(model)
         # what else a block is given (masks, position embeddings) depends on a batch's shape alone: nothing is padded
         sizes = {len(batch): batch for batch in (self._batches[0], self._batches[-1])}
+        self._refuse_dependence_on_tokens(ids[:1, :16])
         self._calls = {size: self._look(batch) for size, batch in sizes.items()}
 
-    def called_like(self, other: BlockStream) -> bool:
-        """Whether another text of the same shape is given the same beside the hidden states; other tokens should be."""
-        ours, theirs = ([call for calls in s._calls.values() for call in calls] for s in (self, other))
-        return all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(ours, theirs, strict=True))
+    def _refuse_dependence_on_tokens(self, ids: Tensor) -> None:
+        one, other = self._look(ids), self._look(ids.flip(1))
+        if not all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(one, other, strict=True)):
+            raise UnsupportedModel(
+                f"The blocks of {type(self._model).__name__} are given more of the tokens than their hidden states, so "
+                "they cannot be run one at a time."
+            )
 
     def embed(self) -> Iterator[Tensor]:
         """Hidden states `rows x length x d` before the first block, batch by batch."""

@@ -16,7 +16,7 @@ import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, budget_label
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
@@ -192,7 +192,8 @@ class Workbench:
     ) -> dict[str, Any]:
         """Run the steps after the search and write the factors they come to.
 
-        A step that takes long keeps its state in the cache folder, from where the next process goes on.
+        What steps came to, and the state of one that takes long, is kept beside the output until the job is over: the
+        next process goes on from there.
 
         Returns:
             `ranks` of the factors, and what each of the `steps` did.
@@ -200,8 +201,7 @@ class Workbench:
         spec = _spec(job)
         model, _, _ = self._model(job)
         self._unload("trials")
-        states = Path(job["cache_dir"]) / "refine"
-        states.mkdir(parents=True, exist_ok=True)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         refinement = Refinement(
             model,
             self._bank(job),
@@ -210,12 +210,10 @@ class Workbench:
             Calibration.load(job["calibration"]) if job.get("calibration") else None,
             spec=spec,
             kept=kept,
-            state=states / f"{job['id']}-{budget_label(kept)}",
+            state=Path(output),
         )
         refined = refinement.run(ranks, progress)
         refined.save(output)
-        for left_over in states.glob(f"{job['id']}-{budget_label(kept)}-*"):
-            left_over.unlink()
         return {"ranks": dict(refined.ranks), "steps": list(refined.steps)}
 
     def finish(

@@ -61,7 +61,15 @@ def line(model, blocks):
     with PrefixModel(model, bank, targets) as prefix:
         prefix.set_ranks(ranks)
         prior = text.score(model).perplexity
-        found = resolve(prefix, {n: bank.pair(n, ranks[n]) for n in below}, targets, calibration, blocks, strength=0.5)
+        found = resolve(
+            prefix,
+            {n: bank.pair(n, ranks[n]) for n in below},
+            targets,
+            blocks,
+            leader=calibration.leader,
+            gradients=calibration.gradients,
+            strength=0.5,
+        )
         prefix.set_pairs(found.pairs)
         return prior, text.score(model).perplexity, bank.facts | found.facts
 

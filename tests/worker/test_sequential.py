@@ -30,6 +30,10 @@ def setting(tiny, blocks):
     return build
 
 
+def told(calibration):
+    return {"leader": calibration.leader, "gradients": calibration.gradients}
+
+
 def _pairs(bank, targets, rank=RANK):
     return {target.name: bank.pair(target.name, min(rank, bank.right[target.name].shape[0])) for target in targets}
 
@@ -41,7 +45,7 @@ def test_a_sweep_brings_the_model_nearer_to_the_dense_one(setting, blocks, famil
     with PrefixModel(model, bank, targets) as prefix:
         prefix.set_pairs(pairs)
         before = evaluation.score(model).kl
-        found = resolve(prefix, pairs, targets, calibration, blocks, strength=0.5)
+        found = resolve(prefix, pairs, targets, blocks, **told(calibration), strength=0.5)
         prefix.set_pairs(found.pairs)
         after = evaluation.score(model).kl
     assert found.facts.keys() == pairs.keys()
@@ -53,7 +57,14 @@ def test_nothing_is_corrected_where_nothing_was_compressed_before(setting, block
     pairs = _pairs(bank, targets)
     first = targets[0].name
     with PrefixModel(model, bank, targets) as prefix:
-        found = resolve(prefix, {first: pairs[first]}, targets, calibration, blocks, strength=1.0)
+        found = resolve(
+            prefix,
+            {first: pairs[first]},
+            targets,
+            blocks,
+            **told(calibration),
+            strength=1.0,
+        )
     (left, right), (bank_left, bank_right) = found.pairs[first], pairs[first]
     torch.testing.assert_close(left @ right, bank_left @ bank_right, rtol=1e-4, atol=1e-5)
 
@@ -66,7 +77,15 @@ def test_the_last_matrix_of_a_block_makes_up_for_all_that_a_linear_map_can(setti
     block, seen, wanted = model.model.layers[0], [], []
     inside = {name: pair for name, pair in pairs.items() if name.startswith("model.layers.0.")}
     with PrefixModel(model, bank, targets) as prefix, torch.no_grad():
-        found = resolve(prefix, inside, targets, calibration, blocks, strength=1.0, damping=0.0)
+        found = resolve(
+            prefix,
+            inside,
+            targets,
+            blocks,
+            **told(calibration),
+            strength=1.0,
+            damping=0.0,
+        )
         hook = block.register_forward_hook(lambda module, args, output: wanted.append(output))
         model(input_ids=blocks)
         prefix.set_pairs(found.pairs)
@@ -83,7 +102,14 @@ def test_the_last_matrix_of_a_block_makes_up_for_all_that_a_linear_map_can(setti
 def test_what_writes_into_the_stream_is_seen(setting, blocks):
     model, targets, calibration, bank = setting()
     with PrefixModel(model, bank, targets) as prefix:
-        found = resolve(prefix, _pairs(bank, targets), targets, calibration, blocks, strength=0.5)
+        found = resolve(
+            prefix,
+            _pairs(bank, targets),
+            targets,
+            blocks,
+            **told(calibration),
+            strength=0.5,
+        )
     matched = {target.kind: found.facts[target.name]["matched"] for target in targets}
     assert matched == {
         **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), "output"),
@@ -96,7 +122,7 @@ def test_experts_keep_their_factors_and_the_rest_is_solved(setting, blocks):
     model, targets, calibration, bank = setting("mixtral")
     pairs = _pairs(bank, targets)
     with PrefixModel(model, bank, targets) as prefix:
-        found = resolve(prefix, pairs, targets, calibration, blocks, strength=0.5)
+        found = resolve(prefix, pairs, targets, blocks, **told(calibration), strength=0.5)
     experts = {target.name for target in targets if "experts" in target.name}
     assert experts
     assert found.facts.keys() == pairs.keys() - experts
@@ -108,7 +134,7 @@ def test_dense_targets_stay_dense_and_the_model_is_left_dense(setting, blocks):
     dense = model(input_ids=blocks).logits
     pairs = {name: pair for name, pair in _pairs(bank, targets).items() if "mlp" in name}
     with PrefixModel(model, bank, targets) as prefix:
-        found = resolve(prefix, pairs, targets, calibration, blocks, strength=0.5)
+        found = resolve(prefix, pairs, targets, blocks, **told(calibration), strength=0.5)
         assert torch.equal(model(input_ids=blocks).logits, dense)
     assert found.pairs.keys() == pairs.keys()
     assert all(part.dtype == torch.bfloat16 for pair in found.pairs.values() for part in pair)
@@ -118,6 +144,14 @@ def test_two_sweeps_are_the_same(setting, blocks):
     model, targets, calibration, bank = setting()
     with PrefixModel(model, bank, targets) as prefix:
         one, two = (
-            resolve(prefix, _pairs(bank, targets), targets, calibration, blocks, strength=0.5).pairs for _ in range(2)
+            resolve(
+                prefix,
+                _pairs(bank, targets),
+                targets,
+                blocks,
+                **told(calibration),
+                strength=0.5,
+            ).pairs
+            for _ in range(2)
         )
     assert all(torch.equal(a, b) for name in one for a, b in zip(one[name], two[name], strict=True))
