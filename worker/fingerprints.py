@@ -9,7 +9,7 @@ from typing import Any
 
 #: Raise one when its algorithm gives other results than before: what was stored under the old number is not found then.
 CALIBRATION_VERSION = 2
-BANK_VERSION = 1
+BANK_VERSION = 2
 
 
 def content_hash(content: bytes) -> str:
