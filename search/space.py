@@ -17,17 +17,21 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
 from ranksearch.search.targets import Form, Target
+
+if TYPE_CHECKING:  # the numerics run without pydantic
+    from ranksearch.search.spec import Method
 
 Ranks = npt.NDArray[np.int64]
 """One rank per target, `(targets,)`, in the order of `RankSpace.targets`; the full rank means dense."""
@@ -53,6 +57,20 @@ class RankSpace:
     rank_multiple: int = 1
     keep_dense: tuple[str, ...] = ()
     form: Form = "factored"
+
+    @classmethod
+    def of(cls, method: Method, targets: Iterable[Target]) -> RankSpace:
+        """The space that a spec's method allows for these targets.
+
+        Raises:
+            InvalidInput: There is no target, or a pattern of `keep_dense` matches none.
+        """
+        return cls(
+            targets=tuple(targets),
+            rank_multiple=method.rank_multiple,
+            keep_dense=tuple(method.keep_dense),
+            form=method.form,
+        )
 
     def __post_init__(self) -> None:
         if not self.targets:

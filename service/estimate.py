@@ -90,12 +90,7 @@ def rank_space(spec: JobSpec, tensors: Tensors) -> RankSpace:
     with at("/model/source"):
         targets = find_targets(tensors)
     with at("/method/keep_dense"):
-        return RankSpace(
-            targets=targets,
-            rank_multiple=spec.method.rank_multiple,
-            keep_dense=tuple(spec.method.keep_dense),
-            form=spec.method.form,
-        )
+        return RankSpace.of(spec.method, targets)
 
 
 def check_budgets(spec: JobSpec, space: RankSpace) -> None:

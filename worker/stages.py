@@ -76,14 +76,7 @@ class Ground:
     @classmethod
     def of(cls, run: RunningJob, prepared: Facts) -> Ground:
         """Rebuild it from the facts of the earlier stages."""
-        method = run.spec.method
-        targets = tuple(Target(**target) for target in prepared["targets"])
-        space = RankSpace(
-            targets=targets,
-            rank_multiple=method.rank_multiple,
-            keep_dense=tuple(method.keep_dense),
-            form=method.form,
-        )
+        space = RankSpace.of(run.spec.method, (Target(**target) for target in prepared["targets"]))
         return cls(space=space, bank=Path(run.known["bank"]))
 
     @cached_property

@@ -95,7 +95,7 @@ class Workbench:
         _check_lengths(spec, model.config.get_text_config())
         check_weights(model)
         targets = find_targets(model)
-        space = space_of(spec, targets)
+        space = RankSpace.of(spec.method, targets)
         for kept in spec.budget.kept:
             space.check_budget(kept)
         progress(0.4)
@@ -205,7 +205,7 @@ class Workbench:
         refinement = Refinement(
             model,
             self._bank(job),
-            space_of(spec, find_targets(model)),
+            RankSpace.of(spec.method, find_targets(model)),
             load_blocks(job["blocks"]),
             Calibration.load(job["calibration"]) if job.get("calibration") else None,
             spec=spec,
@@ -296,17 +296,6 @@ class Workbench:
             self._trial = None  # a pruned one would hold the evaluation
             if held is not None:
                 held[1][0].close()
-
-
-def space_of(spec: JobSpec, targets: Any) -> RankSpace:
-    """The rank vectors a spec allows for these targets."""
-    method = spec.method
-    return RankSpace(
-        targets=tuple(targets),
-        rank_multiple=method.rank_multiple,
-        keep_dense=tuple(method.keep_dense),
-        form=method.form,
-    )
 
 
 def _check_lengths(spec: JobSpec, config: Any) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
 from ranksearch.search.space import RankSpace, uniform
+from ranksearch.search.spec import Method
 from ranksearch.search.targets import Form, Target
 
 from .cases import llama_space, target
@@ -186,3 +187,13 @@ def test_the_light_modules_import_without_torch_and_botorch() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_specs_method_gives_the_space() -> None:
+    targets = (target("block.0.q_proj", 16, 16), target("block.0.v_proj", 16, 8))
+    method = Method(rank_multiple=4, keep_dense=["*.v_proj"], form="pivoted", refine=["sequential"])
+    space = RankSpace.of(method, iter(targets))
+    assert space == RankSpace(targets=targets, rank_multiple=4, keep_dense=("*.v_proj",), form="pivoted")
+    assert space.form != RankSpace.of(Method(), targets).form
+    with pytest.raises(InvalidInput, match="matches no target"):
+        RankSpace.of(Method(keep_dense=["*.k_proj"]), targets)

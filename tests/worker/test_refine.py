@@ -22,7 +22,7 @@ from ranksearch.worker.models import load_model
 from ranksearch.worker.refine import Refined
 from ranksearch.worker.stages import known_of
 from ranksearch.worker.tiny import train_tokenizer
-from ranksearch.worker.workbench import Workbench, space_of
+from ranksearch.worker.workbench import Workbench
 
 WORDS = " ".join(f"word{index % 37} and {index * index % 101}," for index in range(3000))
 KEPT = 0.5
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def space(self) -> RankSpace:
-        return space_of(JobSpec.model_validate(self.spec), self.targets)
+        return RankSpace.of(JobSpec.model_validate(self.spec).method, self.targets)
 
     def prior(self) -> dict[str, int]:
         bank = FactorBank.load(self.context["bank"])

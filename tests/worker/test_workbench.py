@@ -12,7 +12,7 @@ from torch import nn
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import InvalidInput
-from ranksearch.search.space import uniform
+from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import JobSpec
 from ranksearch.search.targets import Target
 from ranksearch.worker.bank import FactorBank
@@ -21,7 +21,7 @@ from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.stages import known_of
 from ranksearch.worker.tiny import train_tokenizer
-from ranksearch.worker.workbench import Workbench, space_of
+from ranksearch.worker.workbench import Workbench
 
 WORDS = " ".join(f"word{index % 37} and {index * index % 101}," for index in range(800))
 
@@ -106,7 +106,7 @@ def test_the_checkpoint_computes_what_the_search_scored(
     job |= files
     bench.calibrate(job, files["calibration"], progress=print)
     bench.factor(job, files["bank"], progress=print)
-    bank, space = FactorBank.load(files["bank"]), space_of(JobSpec.model_validate(job["spec"]), targets)
+    bank, space = FactorBank.load(files["bank"]), RankSpace.of(JobSpec.model_validate(job["spec"]).method, targets)
     best = space.as_dict(Allocator(space, bank.spectra).prior(0.5))
     if form == "pivoted":
         assert any(t.break_even < best[t.name] < t.full_rank for t in targets)
