@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ranksearch.search.spec import budget_label
+from ranksearch.search.steps import outcome_of
 from ranksearch.service.figures import count, duration, number, size
 
 ROWS: Final = ("dense", "uniform", "prior", "best", "final")
@@ -60,6 +61,17 @@ def budget_line(budget: dict[str, Any]) -> str:
                 f" ({after[key] / before[key]:.2f} times) on {speed.get('device', '?')}"
             )
     return "\n".join(lines)
+
+
+def refine_line(step: dict[str, Any], objective: str) -> str:
+    """What one step after the search did, of the report's `refine` or of an event `refined`."""
+    found, name = outcome_of(step, objective), f"{step['step']:<10}"
+    if not found.adopted:
+        return f"{name}  left out: {step.get('left_out') or f'it does not lower {objective} {number(found.before)}'}"
+    how = f"{count(found.tokens)} tokens" if found.tokens else f"strength {step['strength']:g}"
+    if found.after is None:
+        return f"{name}  {how}"
+    return f"{name}  {how}: {objective} {number(found.before)} -> {number(found.after)}"
 
 
 def print_estimate(console: Console, answer: dict[str, Any]) -> None:

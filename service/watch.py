@@ -18,6 +18,7 @@ from rich.text import Text
 from ranksearch.search.spec import budget_label
 from ranksearch.service.client import FINISHED, JSON, Client, Event
 from ranksearch.service.figures import duration, number
+from ranksearch.service.summary import refine_line
 
 REFRESH_SECONDS: Final = 1.0
 LONELY_SECONDS: Final = 5.0  # a job that waits longer may wait for a worker that nobody has started
@@ -91,6 +92,10 @@ class Progress:
         best = f", best {number(budget.best)}" if budget.best is not None else ""
         done = f"{budget.finished}/{self.trials}"
         return f"trial {done:<7} kept {budget_label(float(data['kept']))}{kind}: {outcome}{best}"
+
+    def _on_refined(self, data: JSON, _time: datetime | None) -> str:
+        kept = f", kept {budget_label(float(data['kept']))}" if len(self.budgets) > 1 else ""
+        return refine_line(data, self.objective) + kept
 
     def _on_warning(self, data: JSON, _time: datetime | None) -> str:
         return f"warning: {data.get('message', data)}"

@@ -18,7 +18,7 @@ from ranksearch.service.client import Client
 from ranksearch.service.download import choose
 from ranksearch.service.download import fetch as fetch_files
 from ranksearch.service.figures import size
-from ranksearch.service.summary import budget_line, print_estimate, score_table
+from ranksearch.service.summary import budget_line, print_estimate, refine_line, score_table
 
 Budget = Annotated[float | None, typer.Option("--kept", help="Which budget.")]
 
@@ -37,6 +37,8 @@ def report(job: JobId, as_json: options.AsJson = False) -> None:
     console.print(score_table(document))
     for budget in document["budgets"]:
         console.print(Text(budget_line(budget)))
+        for step in budget.get("refine") or ():
+            console.print(Text(f"  {refine_line(step, document['spec']['search']['objective'])}"))
 
 
 def fetch(

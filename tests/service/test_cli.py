@@ -277,8 +277,36 @@ def test_watch_survives_events_it_does_not_know() -> None:
     assert progress.tell(pruned) == "trial 1/2     kept 0.5: pruned"
 
 
+SEQUENTIAL: dict[str, Any] = {"step": "sequential", "strength": 0.75}
+SEQUENTIAL |= {"tried": {"0": 37.63, "0.5": 34.1, "0.75": 33.84, "1": None}}
+DISTILL: dict[str, Any] = {"step": "distill", "tokens": 1_000_000}
+SOCO: dict[str, Any] = {"step": "soco", "tokens": 1_000_000}
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        (SEQUENTIAL, "sequential  strength 0.75: perplexity 37.630 -> 33.840"),
+        (SEQUENTIAL | {"strength": 0.0}, "sequential  left out: it does not lower perplexity 37.630"),
+        (DISTILL, "distill     1,000,000 tokens"),
+        ({"step": "distill", "left_out": "A loss is NaN."}, "distill     left out: A loss is NaN."),
+        (SOCO, "soco        1,000,000 tokens"),
+        (SOCO | {"before": 40.0, "after": 38.0}, "soco        1,000,000 tokens: perplexity 40.000 -> 38.000"),
+        (SOCO | {"before": 40.0, "after": 41.0}, "soco        left out: it does not lower perplexity 40.000"),
+        (SOCO | {"before": 40.0, "after": None}, "soco        left out: it does not lower perplexity 40.000"),
+    ],
+)
+def test_watch_says_what_a_step_after_the_search_did(step: dict[str, Any], line: str) -> None:
+    from ranksearch.service.client import Event
+
+    search, event = {"objective": "perplexity", "trials": 2}, Event(id=1, kind="refined", data={"kept": 0.5, **step})
+    assert Progress({"search": search, "budget": {"kept": [0.5]}}).tell(event) == line
+    assert Progress({"search": search, "budget": {"kept": [0.5, 0.3]}}).tell(event) == f"{line}, kept 0.5"
+
+
 REPORT: dict[str, Any] = {
     "version": 1,
+    "spec": {"search": {"objective": "perplexity"}},
     "budgets": [
         {
             "kept": 0.5,
@@ -297,6 +325,17 @@ REPORT: dict[str, Any] = {
                 "before": {"prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 100.0},
                 "after": {"prefill_tokens_per_second": 900.0, "decode_tokens_per_second": 90.0},
             },
+            "refine": [
+                SEQUENTIAL,
+                DISTILL
+                | {
+                    "history": [
+                        {"tokens": 0, "kl": 0.3, "perplexity": 33.9},
+                        {"tokens": 750_000, "kl": 0.1, "perplexity": 30.2},
+                        {"tokens": 1_000_000, "kl": 0.2, "perplexity": 31.0},
+                    ]
+                },
+            ],
         }
     ],
 }
@@ -309,6 +348,13 @@ def test_report(run: Run, running: str, jobs: Jobs) -> None:
     shown = run("report", running).stdout
     for words in ("uniform", "t perplexity", "29.000", "targets 500 of 1,000", "1.0 MiB, dense 2.0 MiB", "0.90 times"):
         assert words in shown
+    assert "  sequential  strength 0.75: perplexity 37.630 -> 33.840\n" in shown
+    assert "  distill     750,000 tokens: perplexity 33.900 -> 30.200\n" in shown
+
+
+def test_a_report_without_steps_after_the_search_has_no_line_of_them(run: Run, running: str, jobs: Jobs) -> None:
+    jobs.save_report(running, {**REPORT, "budgets": [{**REPORT["budgets"][0], "refine": []}]})
+    assert "sequential" not in run("report", running).stdout
 
 
 @pytest.fixture
