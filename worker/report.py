@@ -20,6 +20,7 @@ import numpy as np
 
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import budget_label
+from ranksearch.search.steps import outcome_of
 
 VERSION = 1
 ROWS = ("dense", "uniform", "prior", "best", "final")
@@ -80,8 +81,9 @@ def build_budget(
         kept: The budget asked for.
         space: The job's rank space.
         ranks: Rank of each target in the checkpoint.
-        spectra: Singular values of each target in the metric, descending; predicted loss is the sum of the squares of
-            those left out.
+        spectra: Singular values of each target in the metric, descending; the predicted loss of the search's vector is
+            the sum of the squares of those left out. After a step of `refine` the checkpoint holds other components or
+            other factors, of which they predict nothing: the figure is null then.
         facts: What factoring says about each target (damping, effective rank, tokens, ...).
         scores: Row (dense, uniform, prior, best, final) to `evaluation` and `test` scores.
         parameters: `targets`, `targets_dense`, `model`, `model_dense`.
@@ -101,7 +103,9 @@ def build_budget(
                     "shape": [target.out_features, target.in_features],
                     "form": "dense" if ranks[target.name] >= target.full_rank else space.form,
                     "rank": ranks[target.name],
-                    "predicted_loss": float(np.square(spectra[target.name][ranks[target.name] :]).sum()),
+                    "predicted_loss": None
+                    if refine
+                    else float(np.square(spectra[target.name][ranks[target.name] :]).sum()),
                 }
                 for target in space.targets
             },
@@ -170,7 +174,7 @@ def model_card(
             "",
             f"Low-rank version of `{name}` made by ranksearch: the weight matrices of its decoder blocks keep "
             f"{budget['kept_exact']:.4f} of their parameters, most of them at a lower rank (form "
-            f"`{spec['method']['form']}`). How much each matrix keeps was found by a Bayesian search.",
+            f"`{spec['method']['form']}`). {_how(spec, budget['refine'])}",
             "",
             *_usage(auto_class),
             *_scores(budget),
@@ -194,6 +198,33 @@ def _licence(card: str | None) -> list[str]:
     if block is None:
         return []
     return re.findall(r"^license(?:_name|_link)?:[ \t]*[^\s\[{&*|>].*$", block[1], re.MULTILINE)
+
+
+def _how(spec: Mapping[str, Any], steps: Iterable[Mapping[str, Any]]) -> str:
+    """What chose the ranks and the factors: the search, and each step after it."""
+    said = ["How much each matrix keeps was found by a Bayesian search."]
+    for step in steps:
+        found, name = outcome_of(step, spec["search"]["objective"]), step["step"]
+        if not found.adopted:
+            why = step.get("left_out", "It did not pay on the evaluation text.")
+            said.append(f"The step `{name}` was tried and left out: {why}")
+        elif name == "soco":
+            instead = "" if spec["method"]["preset"] == "soco" else ", in place of what a Bayesian search had found"
+            said = [
+                f"Which components each matrix keeps, and how many, was chosen by scores trained on {found.tokens:,} "
+                f"tokens (`soco`){instead}."
+            ]
+        elif name == "sequential":
+            said.append(
+                "Every compressed matrix was then solved again, without training, against what the compressed model "
+                f"feeds it (`sequential`, strength {step['strength']:g})."
+            )
+        else:
+            said.append(
+                f"The factors were then trained on {found.tokens:,} tokens to predict what the original model predicts "
+                f"(`{name}`)."
+            )
+    return " ".join(said)
 
 
 def _usage(auto_class: str) -> list[str]:

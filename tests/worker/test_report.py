@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ tags:
 ---
 license: not this one
 """
+SEQUENTIAL = {"step": "sequential", "strength": 0.75, "tried": {"0": 13.0, "0.5": 12.7, "0.75": 12.5, "1": 12.6}}
+DISTILL = {
+    "step": "distill",
+    "tokens": 1_000_000,
+    "history": [
+        {"tokens": 0, "kl": 0.3, "perplexity": 13.0},
+        {"tokens": 750_000, "kl": 0.2, "perplexity": 12.0},
+        {"tokens": 1_000_000, "kl": 0.25, "perplexity": 12.5},
+    ],
+}
+SOCO = {"step": "soco", "tokens": 1_000_000, "history": []}
 
 
 def scores(perplexity: float, kl: float) -> dict[str, Any]:
@@ -34,7 +46,7 @@ def scores(perplexity: float, kl: float) -> dict[str, Any]:
     }
 
 
-def budget(kept: float = 0.7, form: Form = "factored") -> dict[str, Any]:
+def budget(kept: float = 0.7, form: Form = "factored", refine: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     return build_budget(
         kept=kept,
         space=RankSpace(targets=TARGETS, form=form),
@@ -57,16 +69,19 @@ def budget(kept: float = 0.7, form: Form = "factored") -> dict[str, Any]:
         },
         seconds={"search": 1.5},
         history=[{"number": 0, "score": 13.0, "kept": kept, "origin": "prior", "seconds": 0.1, "state": "COMPLETE"}],
+        refine=refine,
     )
+
+
+def report_of(*refine: dict[str, Any], **method: Any) -> dict[str, Any]:
+    spec = JobSpec.model_validate({"model": {"source": "someone/model"}, "budget": {"kept": [0.7]}, "method": method})
+    marks = {"model": "abc", "dataset": "def", "sequences": "ghi"}
+    return build_report(job="job_1", spec=spec.model_dump(), fingerprints=marks, budgets=[budget(0.7, refine=refine)])
 
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    spec = JobSpec.model_validate({"model": {"source": "someone/model"}, "budget": {"kept": [0.7]}})
-    marks = {"model": "abc", "dataset": "def", "sequences": "ghi"}
-    return build_report(
-        job="job_1", spec=spec.model_dump(), fingerprints=marks, budgets=[budget(kept) for kept in spec.budget.kept]
-    )
+    return report_of()
 
 
 def test_a_budget_says_what_became_of_each_target() -> None:
@@ -83,6 +98,12 @@ def test_a_budget_says_what_became_of_each_target() -> None:
     assert found["targets"]["model.layers.0.down"]["form"] == "dense"
     assert found["targets"]["model.layers.0.down"]["predicted_loss"] == 0
     assert list(found["scores"]) == ["dense", "uniform", "prior", "best", "final"]
+
+
+def test_the_spectrum_predicts_nothing_after_a_step_on_the_factors() -> None:
+    found = budget(refine=[SEQUENTIAL])
+    assert {target["predicted_loss"] for target in found["targets"].values()} == {None}
+    assert found["refine"] == [SEQUENTIAL]
 
 
 def test_a_pivoted_target_says_so() -> None:
@@ -121,6 +142,48 @@ def test_the_card_shows_the_reports_figures(report: dict[str, Any]) -> None:
     assert "A / B" in card
     assert "import ranksearch.worker.loading" in card
     assert "license" not in card.split("---")[1]
+
+
+def test_the_card_of_a_searched_checkpoint_speaks_of_the_search_alone(report: dict[str, Any]) -> None:
+    card = model_card(report)
+    assert "How much each matrix keeps was found by a Bayesian search.\n" in card
+    assert not {"trained", "soco", "sequential", "left out"} & set(card.replace("`", " ").split())
+
+
+def test_the_card_says_what_the_factors_were_trained_on() -> None:
+    card = model_card(report_of(SEQUENTIAL, DISTILL, refine=["sequential", "distill"]))
+    searched, solved, trained = (card.index(words) for words in ("Bayesian search", "strength 0.75", "750,000 tokens"))
+    assert searched < solved < trained
+
+
+def test_the_card_of_scores_alone_names_no_search() -> None:
+    card = model_card(report_of(SOCO, preset="soco"))
+    assert "scores trained on 1,000,000 tokens (`soco`)." in card
+    assert "Bayesian" not in card
+
+
+def test_the_card_of_scores_after_a_search_names_both() -> None:
+    card = model_card(report_of({**SOCO, "before": 13.0, "after": 12.5}, refine=["soco"]))
+    assert "scores trained on 1,000,000 tokens (`soco`), in place of what a Bayesian search had found." in card
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {**SEQUENTIAL, "strength": 0.0},
+        {**SOCO, "before": 12.5, "after": 13.0},
+        {**SOCO, "before": 12.5, "after": float("inf")},
+        {"step": "distill", "left_out": "A factor to train holds NaN or infinite values."},
+        {**DISTILL, "history": [{"tokens": n, "kl": 0.2 + n, "perplexity": 12.0} for n in (0, 1000)]},
+    ],
+)
+def test_the_card_claims_no_step_that_was_left_out(step: dict[str, Any]) -> None:
+    card = model_card(report_of(step, refine=[step["step"]]))
+    assert "was found by a Bayesian search." in card
+    why = step.get("left_out", "It did not pay on the evaluation text.")
+    assert f"The step `{step['step']}` was tried and left out: {why}" in card
+    assert "tokens (" not in card
+    assert "solved again" not in card
 
 
 def test_a_local_model_is_named_without_its_path(report: dict[str, Any]) -> None:
