@@ -102,6 +102,30 @@ def test_a_checkpoint_in_another_dtype_is_proved(worker: Machine, spec: Spec) ->
 
 
 @on_sqlite
+def test_a_job_with_a_step_after_the_search_says_what_it_did(worker: Machine, spec: Spec) -> None:
+    method = {"form": "pivoted", "refine": ["sequential"]}
+    job_id = worker.submit(spec(trials=2, method=method, search={"objective": "kl"}))
+    worker.succeeded(job_id)
+    (event,) = worker.events(job_id, "refined")
+    report = worker.jobs.report(job_id)
+    assert report is not None
+    (budget,) = report["budgets"]
+    (step,) = budget["refine"]
+    assert step["step"] == "sequential"
+    assert {key: event.data[key] for key in step} == step
+    assert step["tried"][f"{step['strength']:g}"] == min(step["tried"].values())
+    final, best = (budget["scores"][row]["evaluation"]["kl"] for row in ("final", "best"))
+    assert final == pytest.approx(min(step["tried"].values()), rel=1e-3)
+    assert best == pytest.approx(step["tried"]["0"], rel=1e-3)
+    assert budget["parameters"]["targets"] <= budget["kept"] * budget["parameters"]["targets_dense"]
+    assert {target["form"] for target in budget["targets"].values()} <= {"pivoted", "dense"}
+    assert {target["predicted_loss"] for target in budget["targets"].values()} == {None}
+    (checkpoint,) = worker.checkpoints.of(job_id)
+    card = next(file for file in checkpoint.files if file.path == "README.md")
+    assert "`sequential`" in worker.artifacts.path(card.sha256).read_text()
+
+
+@on_sqlite
 def test_no_trial_begins_when_the_time_is_up(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(kept=[0.4], trials=1000, search={"timeout_seconds": 1e-6}))
     worker.succeeded(job_id)
