@@ -232,7 +232,9 @@ class Refinement:
             scratch=self._state.parent,
             progress=progress,
         )
+        losses = [entry[self._spec.search.objective] for entry in found.history]
         facts = {"step": "distill", "tokens": TRAINING_TOKENS, "history": found.history}
+        facts |= {"before": losses[0], "after": min(losses)}
         return replace(refined, pairs=found.pairs, steps=[*refined.steps, facts])
 
     def _file(self, step: str) -> Path:
