@@ -64,6 +64,8 @@ class Ground:
     def __init__(self, args: argparse.Namespace, model: Any, ids: Mapping[str, torch.Tensor], seed: int) -> None:
         self.args, self.model, self.seed = args, model, seed
         self.targets = find_targets(model)
+        #: Parameters that centring adds: a bias for every target that has none.
+        self.biases = sum(t.out_features for t in self.targets if model.get_submodule(t.name).bias is None)
         length = args.sequence_length
         chosen, following = sample(ids["train"], args.sequences, 64, seed, length=length)
         train = cut(ids["train"], length)
@@ -148,11 +150,6 @@ class Shifted(PrefixModel):
         super().close()
 
 
-def biases(ground: Ground) -> int:
-    """Parameters that centring adds: a bias for every target that has none."""
-    return sum(t.out_features for t in ground.targets if ground.model.get_submodule(t.name).bias is None)
-
-
 def bolaco(ground: Ground, prefix: Shifted, kept: float) -> Ranks:
     """Bolaco's search: a Gaussian process over one share per matrix type, q and k together and v dense, all layers
     alike. The published code draws until the budget is met within a tenth; here a common factor meets it exactly."""
@@ -164,7 +161,7 @@ def bolaco(ground: Ground, prefix: Shifted, kept: float) -> Ranks:
     for _ in range(BOLACO_TRIALS):
         trial = study.ask()
         shares = {kind: trial.suggest_float(kind, 0.2, 1.0) for kind in kinds}
-        ranks = _scaled(space, kept - biases(ground) / space.parameters, shares)
+        ranks = _scaled(space, kept - ground.biases / space.parameters, shares)
         prefix.set_ranks(space.as_dict(ranks))
         score = text.score(ground.model).perplexity
         study.tell(trial, score)
@@ -240,13 +237,13 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
             with Shifted(ground, bank, calibration) as prefix:
                 ranks = choose(prefix, bank, kept)
                 prefix.set_ranks(space.as_dict(ranks))
-                yield space.cost(ranks) + biases(ground)
+                yield space.cost(ranks) + ground.biases
 
         return run
 
     def prior_less_biases(_: Shifted, bank: FactorBank, kept: float) -> Ranks:
         space = ground.spaces["factored"]
-        return Allocator(space, bank.spectra).prior(kept - biases(ground) / space.parameters)
+        return Allocator(space, bank.spectra).prior(kept - ground.biases / space.parameters)
 
     def refined(form: str, *, searched: bool = False, **method: Any) -> Any:
         @contextmanager
