@@ -257,12 +257,16 @@ def _forgetful(model: nn.Module, names: Mapping[str, Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for path in dict.fromkeys(_block_of(model, name) for name in names):
             block: Any = model.get_submodule(path)
-            own = block.__dict__.get("forward")
+            stack.callback(_put_back, block, vars(block).get("forward"))
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.callback(block.__dict__.pop, "forward")
-            if own is not None:
-                stack.callback(setattr, block, "forward", own)
         yield
+
+
+def _put_back(block: Any, own: Any) -> None:
+    """Gives a block the `forward` of its own that it had (as `fetch_blocks` installs one), or that of its class."""
+    del block.forward
+    if own is not None:
+        block.forward = own
 
 
 def _block_of(model: nn.Module, name: str) -> str:

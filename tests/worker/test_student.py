@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ranksearch.search.errors import InvalidInput
 from ranksearch.worker import student
+from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.student import Student, loss_gradient
 from ranksearch.worker.targets import find_targets
@@ -91,6 +92,17 @@ def test_a_student_teaches_itself_and_the_model_comes_back_as_it_was(tiny, block
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert model.model.norm.weight.requires_grad
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_fetched_block_is_still_fetched_after_it_was_made_to_forget(tiny, blocks, monkeypatch):
+    model = tiny()
+    fetch_blocks(model, "cpu")
+    targets = find_targets(model)
+    forwards = [vars(layer)["forward"] for layer in model.model.layers]
+    monkeypatch.setattr(student, "ACTIVATION_BYTES", 0)
+    with Student(model, {t.name: half(model, t.name) for t in targets}, blocks):
+        assert all(vars(layer)["forward"] not in forwards for layer in model.model.layers)
+    assert [vars(layer).get("forward") for layer in model.model.layers] == forwards
 
 
 def test_batches_are_halved_until_they_fit_into_memory(tiny, blocks):
