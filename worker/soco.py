@@ -285,12 +285,12 @@ def _free(space: RankSpace) -> tuple[Target, ...]:
 
 
 def _product(model: nn.Module, bank: FactorBank, name: str, run: _Run) -> Product:
-    weight, scores, dtype = model.get_parameter(f"{name}.weight"), run.scores[name], compute_dtype(model)
+    scores, dtype = run.scores[name], compute_dtype(model)
     left, right = (side[name].to(scores.device, dtype) for side in (bank.left, bank.right))
 
-    def product(x: Tensor) -> Tensor:
+    def product(x: Tensor) -> Tensor | None:
         if name in run.dense:
-            return F.linear(x, weight)
+            return None
         return F.linear(F.linear(x, right) * scores.to(x.dtype), left.mT)
 
     return product

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.worker.placement import fetched
 from ranksearch.worker.readout import Readout
 
-Product = Callable[[Tensor], Tensor]
-"""What the student puts in the place of W x, `... x n` to `... x m`, without the bias."""
+Product = Callable[[Tensor], Tensor | None]
+"""What the student puts in the place of W x, `... x n` to `... x m`, without the bias; None to run dense."""
 
 #: Bytes that the logits of a chunk, and what is made of them, may take.
 LOGIT_BYTES = 128 << 20
@@ -64,9 +65,9 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
-        if self.teaching:
+        y = None if self.teaching else self._product(x)
+        if y is None:
             return F.linear(x, self.dense.weight, self.dense.bias)
-        y = self._product(x)
         return y if self.dense.bias is None else y + self.dense.bias
 
 
@@ -74,8 +75,8 @@ class Student:
     """A model that computes with products in the place of its targets, and can be its own dense teacher.
 
     While it is open, the model's parameters ask for no gradient and blocks forget their activations where a pass would
-    keep more than `ACTIVATION_BYTES` of them. On the CPU the model computes in fp32, elsewhere in its own dtype: not
-    every CPU multiplies half precision quickly.
+    keep more than `ACTIVATION_BYTES` of them, or where blocks are fetched. On the CPU the model computes in fp32,
+    elsewhere in its own dtype: not every CPU multiplies half precision quickly.
 
     Attributes:
         model: The model, its targets replaced.
@@ -102,7 +103,9 @@ class Student:
         with ExitStack() as stack:
             stack.enter_context(_frozen(self.model))
             stack.enter_context(_computing(self.model, compute_dtype(self.model)))
-            if _activations(self.model, self._products, self._rows * self._blocks.shape[1]) > ACTIVATION_BYTES:
+            kept = _activations(self.model, self._products, self._rows * self._blocks.shape[1])
+            # a graph would hold on to the copies of all blocks at once
+            if fetched(self.model) or kept > ACTIVATION_BYTES:
                 stack.enter_context(_forgetful(self.model, self._products))
             for name, product in self._products.items():
                 dense = self.model.get_submodule(name)

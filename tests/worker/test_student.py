@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -100,9 +103,26 @@ def test_a_fetched_block_is_still_fetched_after_it_was_made_to_forget(tiny, bloc
     targets = find_targets(model)
     forwards = [vars(layer)["forward"] for layer in model.model.layers]
     monkeypatch.setattr(student, "ACTIVATION_BYTES", 0)
-    with Student(model, {t.name: half(model, t.name) for t in targets}, blocks):
+    with Student(model, {t.name: lambda x: None for t in targets}, blocks):
         assert all(vars(layer)["forward"] not in forwards for layer in model.model.layers)
     assert [vars(layer).get("forward") for layer in model.model.layers] == forwards
+
+
+def test_a_backward_pass_holds_no_copies_of_fetched_blocks(tiny, blocks):
+    model = tiny()
+    fetch_blocks(model, "cpu")
+    leaf, copies = torch.tensor(0.8, requires_grad=True), []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(
+        lambda *_: copies.append(weakref.ref(model.model.layers[0].mlp.up_proj.weight))
+    )
+    name = "model.layers.0.self_attn.q_proj"
+    with Student(model, {name: lambda x: leaf * x}, blocks) as pupil:
+        hidden = pupil.readout.hidden(blocks[:1])
+        assert hidden.requires_grad
+        gc.collect()
+        assert copies[-1]() is None
+        hidden.sum().backward()
+    assert float(leaf.grad) != 0
 
 
 def test_batches_are_halved_until_they_fit_into_memory(tiny, blocks):
