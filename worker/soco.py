@@ -108,7 +108,7 @@ def soco(
         model: The dense model in eval mode; it comes back as it was.
         bank: All its targets factored, with all components (`build_bank(full=True)`).
         space: The rank space.
-        kept: The budget, met exactly from below.
+        kept: The budget, met exactly from below; 1 takes no training.
         blocks: Token ids to train on, `sequences x length`, taken in a seeded order, more than once if need be.
         tokens: Tokens to train on.
         start: Ranks to start from; all components when None.
@@ -124,6 +124,9 @@ def soco(
         NumericalError: Several steps in a row gave no finite loss.
     """
     space.check_budget(kept)
+    if space.budget(kept) == space.parameters:
+        # nothing has to go, and where no target may be factored no other budget can be met
+        return Chosen(ranks={t.name: t.full_rank for t in space.targets}, pairs={}, scores={}, history=[])
     _check(bank, space)
     rows = max(1, round(tokens / (STEPS * blocks.shape[-1])))
     steps = max(4, round(tokens / (rows * blocks.shape[-1])))

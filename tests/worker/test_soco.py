@@ -86,6 +86,15 @@ def test_targets_that_must_stay_dense_are_neither_scored_nor_packed(parts, block
     assert not fixed & (found.pairs.keys() | found.scores.keys())
 
 
+@pytest.mark.parametrize("keep_dense", [(), ("*",)])
+def test_where_nothing_has_to_go_everything_stays_dense(parts, blocks, keep_dense):
+    model, bank, space = parts
+    space = RankSpace(targets=space.targets, keep_dense=keep_dense)
+    found = run((model, bank, space), 1.0, blocks)
+    assert found.ranks == {target.name: target.full_rank for target in space.targets}
+    assert found.pairs == found.scores == {}
+
+
 def test_packed_factors_run_like_the_scored_components(parts, blocks):
     _, bank, space = parts
     found = run(parts, 0.4, blocks)
