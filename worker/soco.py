@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import InvalidInput
@@ -106,7 +107,8 @@ def soco(
 
     Args:
         model: The dense model in eval mode; it comes back as it was.
-        bank: All its targets factored, with all components (`build_bank(full=True)`).
+        bank: All its targets factored, with all components (`build_bank(full=True)`). Those on the CPU beside a model
+            elsewhere stay there, and are taken over target by target whenever they run.
         space: The rank space.
         kept: The budget, met exactly from below; 1 takes no training.
         blocks: Token ids to train on, `sequences x length`, taken in a seeded order, more than once if need be.
@@ -289,12 +291,22 @@ def _free(space: RankSpace) -> tuple[Target, ...]:
 
 def _product(model: nn.Module, bank: FactorBank, name: str, run: _Run) -> Product:
     scores, dtype = run.scores[name], compute_dtype(model)
-    left, right = (side[name].to(scores.device, dtype) for side in (bank.left, bank.right))
+    left, right = bank.left[name], bank.right[name]
+    there = right.device == scores.device
+    if there:
+        left, right = left.to(dtype), right.to(dtype)
+
+    def scored(x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, right.to(x)) * scores.to(x.dtype), left.to(x).mT)
 
     def product(x: Tensor) -> Tensor | None:
         if name in run.dense:
             return None
-        return F.linear(F.linear(x, right) * scores.to(x.dtype), left.mT)
+        if there:
+            return scored(x)
+        # what is taken over for one product is not kept for its backward pass, but taken over again
+        found: Tensor = checkpoint(scored, x, use_reentrant=False, preserve_rng_state=False)
+        return found
 
     return product
 
