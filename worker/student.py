@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.worker.frozen import frozen
 from ranksearch.worker.placement import fetched
 from ranksearch.worker.readout import Readout
 
@@ -101,7 +102,7 @@ class Student:
     def __enter__(self) -> Student:
         """Opens."""
         with ExitStack() as stack:
-            stack.enter_context(_frozen(self.model))
+            stack.enter_context(frozen(self.model))
             stack.enter_context(_computing(self.model, compute_dtype(self.model)))
             kept = _activations(self.model, self._products, self._rows * self._blocks.shape[1])
             # a graph would hold on to the copies of all blocks at once
@@ -221,18 +222,6 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     """The dtype a student computes in: fp32 on the CPU, the model's own elsewhere."""
     parameter = next(model.parameters())
     return torch.float32 if parameter.device.type == "cpu" else parameter.dtype
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager
