@@ -94,7 +94,7 @@ class Ground:
         with tempfile.TemporaryDirectory() as folder:
             refinement = Refinement(
                 self.model,
-                self.bank("two_sided"),
+                lambda: self.bank("two_sided"),
                 self.spaces[form],
                 self.blocks,
                 self.calibration,

@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.targets import Target
 from ranksearch.worker.covariance import Moments, PooledCovariance
+from ranksearch.worker.frozen import frozen
 from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.sections import Groups, Section, plan_sections
@@ -142,7 +143,7 @@ def calibrate(
                 stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
                 parts = [section.parts or range(1) for section in sections]
                 sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
-                with _frozen(model), _repeatable(readout.device):
+                with _differentiable(model), _repeatable(readout.device):
                     _collect(model, sections, sweep, slope, kept, gradients=gradients, pool=pool, progress=progress)
                 break
             except torch.OutOfMemoryError:
@@ -380,23 +381,19 @@ def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _differentiable(model: nn.Module) -> Iterator[None]:
     """Eval mode, no parameter asks for a gradient, and the embedding's output does, so that activations are
     differentiated."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     model.eval()
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     # the copy is no leaf, so a model may scale its embeddings in place
     hook = embedding.register_forward_hook(
         lambda module, args, output: output.requires_grad_().clone() if torch.is_grad_enabled() else output
     )
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         hook.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
         model.train(training)

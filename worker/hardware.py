@@ -11,6 +11,11 @@ import torch
 
 from ranksearch.search.errors import InvalidInput
 
+MEMINFO = Path("/proc/meminfo")
+
+#: The control group of this process, as a container sees its own.
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def settle(device: str) -> torch.device:
     """Choose a device, and make its results repeatable.
@@ -62,12 +67,23 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that this process may still allocate."""
+    """Memory of a device that this process may still allocate; on the CPU, within the limit of its container."""
     if device.type == "cuda":
         reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         on_device = torch.cuda.mem_get_info(device)[0] + reserved
         return max(0, min(on_device, memory_bytes(device)) - allocated)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # free pages alone would leave out those of files, which the system drops when memory is asked for
+    available = _figures(MEMINFO)["MemAvailable:"] * 1024
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text()) - _figures(CGROUP / "memory.stat")["inactive_file"]
+    except (OSError, ValueError):  # no group of version 2, or one without a limit ("max")
+        return available
+    return max(0, min(available, limit - used))
+
+
+def _figures(file: Path) -> dict[str, int]:
+    return {name: int(figure) for name, figure, *_ in map(str.split, file.read_text().splitlines())}
 
 
 def _measure_flops(device: torch.device) -> float:

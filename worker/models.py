@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from transformers import (
 from transformers.utils import logging
 
 from ranksearch.search.errors import BrokenWeights, ModelNotFound, UnsafeModel, UnsupportedModel
-from ranksearch.worker.hardware import memory_bytes
+from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.known_errors import as_known_error
 from ranksearch.worker.loading import METHOD  # a compressed checkpoint is a model, too
 from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.plain import make_plain
+from ranksearch.worker.tensor_file import DTYPES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -55,7 +57,7 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
-#: Share of a device that weights may fill.
+#: Share of what is free on a device that weights may fill.
 MOST_OF_DEVICE = 0.6
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -77,8 +79,8 @@ def load_model(
         source: Local folder or hub id.
         revision: Hub revision.
         dtype: A dtype or its name; `auto` is the dtype the weights are stored in.
-        device: Where it computes. The weights go there; of a model whose weights files are larger than `MOST_OF_DEVICE`
-            the blocks stay on the CPU and are fetched one at a time.
+        device: Where it computes. The weights go there; of a model that does not fit (`fits`) the blocks stay on the
+            CPU and are fetched one at a time.
         trust_remote_code: Run code that comes with the model.
 
     Returns:
@@ -100,16 +102,37 @@ def load_model(
             f"{source} is quantized ({method}); ranksearch compresses the original weights. Name the unquantized model."
         )
     device = torch.device(device)
-    # what they need in memory is not known yet, but it is rarely more than on the disk
-    size = sum(file.stat().st_size for file in weight_files(folder))
-    fits = device.type == "cpu" or size <= MOST_OF_DEVICE * memory_bytes(device)
-    model = _load_weights(folder, dtype, device if fits else torch.device("cpu"), trust_remote_code)
+    placed = fits(folder, dtype, device)
+    model = _load_weights(folder, dtype, device if placed else torch.device("cpu"), trust_remote_code)
     model.eval().requires_grad_(False)
     if method is None:
         make_plain(model)
-    if not fits:
+    if not placed:
         fetch_blocks(model, device)
     return model, tokenizer
+
+
+def fits(folder: Path, dtype: str | torch.dtype, device: torch.device) -> bool:
+    """Whether a model's weights take no more than `MOST_OF_DEVICE` of what is free on a device now; the CPU maps them.
+
+    Args:
+        folder: A model folder.
+        dtype: A dtype or its name; `auto` is what the config says, or what each tensor is stored in.
+        device: A device.
+    """
+    if device.type == "cpu":
+        return True
+    config = _read_config(folder)
+    named = (config.get("dtype") or config.get("torch_dtype")) if dtype == "auto" else dtype
+    wanted = getattr(torch, named, None) if isinstance(named, str) else named
+    size = 0
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for part in map(file.get_slice, file.keys()):
+                stored = DTYPES.get(part.get_dtype(), torch.float64)  # a rare kind is taken for a wide one
+                kind = wanted if isinstance(wanted, torch.dtype) and stored.is_floating_point else stored
+                size += math.prod(part.get_shape()) * kind.itemsize
+    return size <= MOST_OF_DEVICE * free_bytes(device)
 
 
 def model_fingerprint(source: str | Path, revision: str | None = None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ranksearch.search.spec import JobSpec
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TEST, TRAINING
-from ranksearch.worker.checkpoint import as_report, dense_sizes, export
+from ranksearch.worker.checkpoint import Pairs, as_report, dense_sizes, export
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.models import auto_class, load_model
 from ranksearch.worker.plain import as_loaded
@@ -69,18 +69,20 @@ def prove(
     bank = take_bank()
     rows = {"dense": {name: brief(text.dense) for name, text in texts.items()}, **_compare(model, bank, texts, vectors)}
     progress(0.6)
+    pairs = refined.pair if refined else bank.pair
     written = export(
         folder,
         model=model,
         tokenizer=tokenizer,
-        pairs=refined.pair if refined else bank.pair,
+        # pivot rows are chosen in double precision, which takes long on a CPU
+        pairs=_on(device, pairs) if spec.method.form == "pivoted" else pairs,
         ranks=dict(refined.ranks if refined else vectors["best"]),
         targets=targets,
         form=spec.method.form,
         dtype=settings.dtype,
         max_shard_bytes=settings.max_shard_bytes,
     )
-    del bank
+    del bank, pairs
     progress(0.7)
     final, _ = load_model(folder, device=device, trust_remote_code=spec.model.trust_remote_code)
     rows["final"] = {name: brief(text.score(final)) for name, text in texts.items()}
@@ -96,6 +98,16 @@ def prove(
         "card": _card(source),
         "auto_class": auto_class(folder, spec.model.trust_remote_code).__name__,
     }
+
+
+def _on(device: torch.device, pairs: Pairs) -> Pairs:
+    """Each pair moved to a device when it is asked for."""
+
+    def moved(name: str, rank: int) -> tuple[Tensor, Tensor]:
+        left, right = pairs(name, rank)
+        return left.to(device), right.to(device)
+
+    return moved
 
 
 def brief(scores: Scores) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
+from ranksearch.worker.compare import same_but_for_rounding
 from ranksearch.worker.targets import embedding_of
 
 
@@ -50,7 +51,7 @@ class Readout:
         head = self._model.get_output_embeddings()
         if isinstance(head, nn.Linear) and _equal(head(hidden), expected):
             self.head = head
-        elif not _same(self._own(hidden), expected):
+        elif not same_but_for_rounding(self._own(hidden), expected):
             raise UnsupportedModel(f"The logits of {type(model).__name__} do not follow from its final hidden states.")
 
     @property
@@ -60,7 +61,7 @@ class Readout:
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states, `batch x tokens x d`, of token ids `batch x tokens`."""
-        return _last_hidden(getattr(self._model, self._path)(input_ids=ids.to(self.device), use_cache=False))
+        return last_hidden(getattr(self._model, self._path)(input_ids=ids.to(self.device), use_cache=False))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `tokens x vocabulary`, in the model's dtype, of hidden states `tokens x d`."""
@@ -115,7 +116,8 @@ def _replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
         setattr(model, name, original)
 
 
-def _last_hidden(output: Any) -> Tensor:
+def last_hidden(output: Any) -> Tensor:
+    """Final hidden states, `batch x tokens x d`, in what a base model returns."""
     hidden: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     return hidden
 
@@ -126,11 +128,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return False
     a, b, eps = a.float().nan_to_num(), b.float().nan_to_num(), torch.finfo(b.dtype).eps
     return torch.allclose(a, b, rtol=eps, atol=0.0)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    # values that are not finite are for others to report: here they count as equal
-    a, b, eps = a.float().nan_to_num(), b.float().nan_to_num(), torch.finfo(b.dtype).eps
-    return bool((a - b).abs().max() <= 8 * eps * b.abs().max().clamp(min=1e-30))

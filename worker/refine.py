@@ -64,15 +64,12 @@ class Refined:
         save_file(tensors, str(path), metadata={"refined": json.dumps(facts)})
 
     @classmethod
-    def load(cls, path: str | Path, device: Any = "cpu") -> Refined:
-        """Read what `save` wrote."""
+    def load(cls, path: str | Path) -> Refined:
+        """Read what `save` wrote; factors stay in the file until they are used."""
         with safe_open(str(path), framework="pt") as file:
             facts = json.loads(file.metadata()["refined"])
             names = sorted({key.partition("/")[2] for key in file.keys()})  # noqa: SIM118 - the file is no mapping
-            pairs = {
-                name: tuple(file.get_tensor(f"{side}/{name}").to(device) for side in ("left", "right"))
-                for name in names
-            }
+            pairs = {name: (file.get_tensor(f"left/{name}"), file.get_tensor(f"right/{name}")) for name in names}
         return cls(ranks=facts["ranks"], pairs=pairs, steps=facts["steps"])
 
 
@@ -82,7 +79,7 @@ class Refinement:
     def __init__(
         self,
         model: Any,
-        bank: FactorBank,
+        take_bank: Callable[[], FactorBank],
         space: RankSpace,
         blocks: Mapping[str, Tensor],
         calibration: Calibration | None,
@@ -95,7 +92,7 @@ class Refinement:
 
         Args:
             model: The dense model.
-            bank: Its factors, in the model's dtype and on its device.
+            take_bank: Gives its factors away, in the model's dtype; called whenever they are needed and not held.
             space: The rank space.
             blocks: Name -> token ids: calibration, evaluation, and training where a step needs it.
             calibration: The bank's; None for metric `weight`.
@@ -104,8 +101,15 @@ class Refinement:
             state: Prefix of the files that hold what steps came to, and the state of one that takes long, until the
                 caller removes them.
         """
-        self._model, self._bank, self._space, self._blocks = model, bank, space, blocks
+        self._model, self._take_bank, self._space, self._blocks = model, take_bank, space, blocks
+        self._held: FactorBank | None = None
         self._calibration, self._spec, self._kept, self._state = calibration, spec, kept, state
+
+    @property
+    def _bank(self) -> FactorBank:
+        if self._held is None:
+            self._held = self._take_bank()
+        return self._held
 
     def run(self, ranks: Mapping[str, int], progress: Progress) -> Refined:
         """Run every step.
@@ -116,11 +120,15 @@ class Refinement:
         """
         steps = self._spec.method.steps
         below = [target.name for target in self._space.targets if ranks[target.name] < target.full_rank]
-        pairs = {name: self._bank.pair(name, ranks[name]) for name in below}
-        refined = Refined(ranks=ranks, pairs=pairs, steps=())
+        refined = Refined(ranks=ranks, pairs={name: self._bank.pair(name, ranks[name]) for name in below}, steps=())
         for place, step in enumerate(steps):
             if not refined.pairs:
                 break  # every target is dense
+            if step == "distill":
+                # it needs the room of the bank, which as long as there are views of it stays where it is
+                self._held = None
+                cpu = {name: (left.cpu(), right.cpu()) for name, (left, right) in refined.pairs.items()}
+                refined = replace(refined, pairs=cpu)
             refined = self._once(step, refined, lambda done, place=place: progress((place + done) / len(steps)))  # type: ignore[misc]
         return refined
 
@@ -128,7 +136,7 @@ class Refinement:
         """A step, or what it came to in an earlier process."""
         file = self._file(f"after-{step}")
         if file.exists():
-            return Refined.load(file, self._model.device)
+            return Refined.load(file)
         run = {"soco": self._soco, "sequential": self._sequential, "distill": self._distill}[step]
         try:
             refined = run(refined, progress)

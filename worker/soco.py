@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import InvalidInput
@@ -106,9 +107,10 @@ def soco(
 
     Args:
         model: The dense model in eval mode; it comes back as it was.
-        bank: All its targets factored, with all components (`build_bank(full=True)`).
+        bank: All its targets factored, with all components (`build_bank(full=True)`). Those on the CPU beside a model
+            elsewhere stay there, and are taken over target by target whenever they run.
         space: The rank space.
-        kept: The budget, met exactly from below.
+        kept: The budget, met exactly from below; 1 takes no training.
         blocks: Token ids to train on, `sequences x length`, taken in a seeded order, more than once if need be.
         tokens: Tokens to train on.
         start: Ranks to start from; all components when None.
@@ -124,6 +126,9 @@ def soco(
         NumericalError: Several steps in a row gave no finite loss.
     """
     space.check_budget(kept)
+    if space.budget(kept) == space.parameters:
+        # nothing has to go, and where no target may be factored no other budget can be met
+        return Chosen(ranks={t.name: t.full_rank for t in space.targets}, pairs={}, scores={}, history=[])
     _check(bank, space)
     rows = max(1, round(tokens / (STEPS * blocks.shape[-1])))
     steps = max(4, round(tokens / (rows * blocks.shape[-1])))
@@ -285,13 +290,23 @@ def _free(space: RankSpace) -> tuple[Target, ...]:
 
 
 def _product(model: nn.Module, bank: FactorBank, name: str, run: _Run) -> Product:
-    weight, scores, dtype = model.get_parameter(f"{name}.weight"), run.scores[name], compute_dtype(model)
-    left, right = (side[name].to(scores.device, dtype) for side in (bank.left, bank.right))
+    scores, dtype = run.scores[name], compute_dtype(model)
+    left, right = bank.left[name], bank.right[name]
+    there = right.device == scores.device
+    if there:
+        left, right = left.to(dtype), right.to(dtype)
 
-    def product(x: Tensor) -> Tensor:
+    def scored(x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, right.to(x)) * scores.to(x.dtype), left.to(x).mT)
+
+    def product(x: Tensor) -> Tensor | None:
         if name in run.dense:
-            return F.linear(x, weight)
-        return F.linear(F.linear(x, right) * scores.to(x.dtype), left.mT)
+            return None
+        if there:
+            return scored(x)
+        # what is taken over for one product is not kept for its backward pass, but taken over again
+        found: Tensor = checkpoint(scored, x, use_reentrant=False, preserve_rng_state=False)
+        return found
 
     return product
 

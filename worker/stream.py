@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
-from ranksearch.worker.readout import base_path
+from ranksearch.worker.readout import base_path, last_hidden
 from ranksearch.worker.targets import block_stack
 
 T = TypeVar("T")
@@ -94,9 +94,7 @@ class BlockStream:
                 stack.enter_context(
                     _skipped(self._block(index), call, hidden if index == len(self.paths) - 1 else None)
                 )
-            output = self._run_model(ids)
-        final: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        return final
+            return last_hidden(self._run_model(ids))
 
     def run_and_see(self, index: int, hidden: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """What reaches a module inside block `index`, and what the block makes of the hidden states."""

@@ -22,10 +22,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.worker.frozen import frozen
+from ranksearch.worker.placement import fetched
 from ranksearch.worker.readout import Readout
 
-Product = Callable[[Tensor], Tensor]
-"""What the student puts in the place of W x, `... x n` to `... x m`, without the bias."""
+Product = Callable[[Tensor], Tensor | None]
+"""What the student puts in the place of W x, `... x n` to `... x m`, without the bias; None to run dense."""
 
 #: Bytes that the logits of a chunk, and what is made of them, may take.
 LOGIT_BYTES = 128 << 20
@@ -64,9 +66,9 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
-        if self.teaching:
+        y = None if self.teaching else self._product(x)
+        if y is None:
             return F.linear(x, self.dense.weight, self.dense.bias)
-        y = self._product(x)
         return y if self.dense.bias is None else y + self.dense.bias
 
 
@@ -74,8 +76,8 @@ class Student:
     """A model that computes with products in the place of its targets, and can be its own dense teacher.
 
     While it is open, the model's parameters ask for no gradient and blocks forget their activations where a pass would
-    keep more than `ACTIVATION_BYTES` of them. On the CPU the model computes in fp32, elsewhere in its own dtype: not
-    every CPU multiplies half precision quickly.
+    keep more than `ACTIVATION_BYTES` of them, or where blocks are fetched. On the CPU the model computes in fp32,
+    elsewhere in its own dtype: not every CPU multiplies half precision quickly.
 
     Attributes:
         model: The model, its targets replaced.
@@ -100,9 +102,11 @@ class Student:
     def __enter__(self) -> Student:
         """Opens."""
         with ExitStack() as stack:
-            stack.enter_context(_frozen(self.model))
+            stack.enter_context(frozen(self.model))
             stack.enter_context(_computing(self.model, compute_dtype(self.model)))
-            if _activations(self.model, self._products, self._rows * self._blocks.shape[1]) > ACTIVATION_BYTES:
+            kept = _activations(self.model, self._products, self._rows * self._blocks.shape[1])
+            # a graph would hold on to the copies of all blocks at once
+            if fetched(self.model) or kept > ACTIVATION_BYTES:
                 stack.enter_context(_forgetful(self.model, self._products))
             for name, product in self._products.items():
                 dense = self.model.get_submodule(name)
@@ -221,18 +225,6 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
 def _computing(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Parameters and buffers of the model's dtype in another one; the very same values come back afterwards."""
     own = next(model.parameters()).dtype
@@ -257,12 +249,16 @@ def _forgetful(model: nn.Module, names: Mapping[str, Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for path in dict.fromkeys(_block_of(model, name) for name in names):
             block: Any = model.get_submodule(path)
-            own = block.__dict__.get("forward")
+            stack.callback(_put_back, block, vars(block).get("forward"))
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.callback(block.__dict__.pop, "forward")
-            if own is not None:
-                stack.callback(setattr, block, "forward", own)
         yield
+
+
+def _put_back(block: Any, own: Any) -> None:
+    """Gives a block the `forward` of its own that it had (as `fetch_blocks` installs one), or that of its class."""
+    del block.forward
+    if own is not None:
+        block.forward = own
 
 
 def _block_of(model: nn.Module, name: str) -> str:

@@ -202,9 +202,14 @@ class Workbench:
         model, _, _ = self._model(job)
         self._unload("trials")
         Path(output).parent.mkdir(parents=True, exist_ok=True)
+
+        def take_bank() -> FactorBank:
+            self._bank(job)
+            return self._loaded.pop("bank")[1]  # type: ignore[no-any-return]
+
         refinement = Refinement(
             model,
-            self._bank(job),
+            take_bank,
             RankSpace.of(spec.method, find_targets(model)),
             load_blocks(job["blocks"]),
             Calibration.load(job["calibration"]) if job.get("calibration") else None,
@@ -236,7 +241,7 @@ class Workbench:
             lambda: self._loaded.pop("bank")[1],
             load_blocks(job["blocks"]),
             vectors,
-            refined=Refined.load(refined, self.device) if refined else None,
+            refined=Refined.load(refined) if refined else None,
             spec=spec,
             source=folder_of_model,
             folder=Path(folder),

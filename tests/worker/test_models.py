@@ -22,6 +22,7 @@ from ranksearch.search.errors import (
     UnsafeModel,
     UnsupportedModel,
 )
+from ranksearch.worker import models
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.tiny import train_tokenizer
 
@@ -76,6 +77,23 @@ def test_a_model_is_loaded_as_stored_and_ready_to_read(original: Path) -> None:
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
     assert tokenizer.decode(tokenizer("some words")["input_ids"]) == "some words"
     assert load_model(str(original), dtype="float32")[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "share"),
+    [("auto", None, 1), ("auto", "float32", 2), ("float32", None, 2), (torch.float64, None, 4), ("bfloat16", None, 1)],
+)
+def test_a_model_fits_if_its_weights_as_they_will_be_do_into_what_is_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | torch.dtype, said: str | None, share: int
+) -> None:
+    edit_config(folder, dtype=said, torch_dtype=said)
+    stored = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
+    device = torch.device("cuda:0")
+    for free, expected in ((1.01, True), (0.99, False)):
+        room = int(free * share * stored / models.MOST_OF_DEVICE)
+        monkeypatch.setattr(models, "free_bytes", lambda _, room=room: room)
+        assert models.fits(folder, dtype, device) is expected
+    assert models.fits(folder, dtype, torch.device("cpu"))
 
 
 def test_shards_are_one_model(folder: Path, original: Path) -> None:

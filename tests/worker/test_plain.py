@@ -21,6 +21,16 @@ class OwnLinear(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+class ClippingLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-8, 8))
+
+
+class QuantizingLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward((x * 64).round() / 64)
+
+
 class Router(nn.Linear):
     def forward(self, x):
         logits = super().forward(x)
@@ -97,6 +107,15 @@ def test_only_what_multiplies_and_nothing_else_becomes_a_target(model):
     assert isinstance(model.blocks[0].router, Router)
     assert isinstance(model.blocks[0].turned, TransposedLinear)
     assert model.blocks[0].experts.up.transposed
+
+
+@pytest.mark.parametrize("kind", [ClippingLinear, QuantizingLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_changes_its_input_first_is_not_plain(model, kind, dtype):
+    model.blocks[0].own = kind(SIZE, SIZE)
+    make_plain(model.to(dtype))
+    assert type(model.blocks[0].own) is kind
+    assert type(model.blocks[1].own) is nn.Linear
 
 
 def test_no_weight_is_copied(model):

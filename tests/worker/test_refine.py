@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,26 @@ def test_what_is_exported_is_what_the_last_step_made(job: Callable[..., Job]) ->
         module: Any = model.get_submodule(name)
         assert torch.equal(module.left.weight, left)
         assert torch.equal(module.right.weight, right)
+
+
+def test_a_training_has_the_room_of_the_bank(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    work = job(refine=["sequential", "distill"])
+    load, distill, banks, left = FactorBank.load, refine.distill, list[Any](), list[Any]()
+
+    def loaded(*args: Any) -> FactorBank:
+        banks.append(weakref.ref(bank := load(*args)))
+        return bank
+
+    def distilled(*args: Any, **settings: Any) -> Any:
+        gc.collect()
+        left.extend(bank() for bank in banks)
+        return distill(*args, **settings)
+
+    prior = work.prior()
+    monkeypatch.setattr(FactorBank, "load", loaded)
+    monkeypatch.setattr(refine, "distill", distilled)
+    work.bench.refine(work.context, prior, KEPT, str(work.folder / "refined"), progress=print)
+    assert left == [None]
 
 
 def test_learned_scores_choose_the_ranks_within_the_budget(job: Callable[..., Job]) -> None:

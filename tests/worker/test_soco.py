@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,27 @@ def test_targets_that_must_stay_dense_are_neither_scored_nor_packed(parts, block
     assert space.is_exact(space.from_dict(found.ranks), 0.4)
     fixed = {target.name for target in space.targets if target.kind == "self_attn.v_proj"}
     assert not fixed & (found.pairs.keys() | found.scores.keys())
+
+
+@pytest.mark.parametrize("keep_dense", [(), ("*",)])
+def test_where_nothing_has_to_go_everything_stays_dense(parts, blocks, keep_dense):
+    model, bank, space = parts
+    space = RankSpace(targets=space.targets, keep_dense=keep_dense)
+    found = run((model, bank, space), 1.0, blocks)
+    assert found.ranks == {target.name: target.full_rank for target in space.targets}
+    assert found.pairs == found.scores == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_components_on_the_cpu_are_scored_like_those_beside_a_model_on_a_gpu(tiny, blocks):
+    model, bank, space = parts_of(tiny().to("cuda"))
+    away = {side: {name: t.cpu() for name, t in getattr(bank, side).items()} for side in ("left", "right")}
+    beside = run((model, bank, space), 0.4, blocks, tokens=20 * 16)
+    found = run((model, replace(bank, **away), space), 0.4, blocks, tokens=20 * 16)
+    for name, s in beside.scores.items():
+        assert torch.allclose(found.scores[name], s, atol=1e-4)
+    assert all(left.device.type == "cpu" for left, _ in found.pairs.values())
 
 
 def test_packed_factors_run_like_the_scored_components(parts, blocks):

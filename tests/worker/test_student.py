@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ranksearch.search.errors import InvalidInput
 from ranksearch.worker import student
+from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.student import Student, loss_gradient
 from ranksearch.worker.targets import find_targets
@@ -91,6 +95,34 @@ def test_a_student_teaches_itself_and_the_model_comes_back_as_it_was(tiny, block
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert model.model.norm.weight.requires_grad
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_fetched_block_is_still_fetched_after_it_was_made_to_forget(tiny, blocks, monkeypatch):
+    model = tiny()
+    fetch_blocks(model, "cpu")
+    targets = find_targets(model)
+    forwards = [vars(layer)["forward"] for layer in model.model.layers]
+    monkeypatch.setattr(student, "ACTIVATION_BYTES", 0)
+    with Student(model, {t.name: lambda x: None for t in targets}, blocks):
+        assert all(vars(layer)["forward"] not in forwards for layer in model.model.layers)
+    assert [vars(layer).get("forward") for layer in model.model.layers] == forwards
+
+
+def test_a_backward_pass_holds_no_copies_of_fetched_blocks(tiny, blocks):
+    model = tiny()
+    fetch_blocks(model, "cpu")
+    leaf, copies = torch.tensor(0.8, requires_grad=True), []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(
+        lambda *_: copies.append(weakref.ref(model.model.layers[0].mlp.up_proj.weight))
+    )
+    name = "model.layers.0.self_attn.q_proj"
+    with Student(model, {name: lambda x: leaf * x}, blocks) as pupil:
+        hidden = pupil.readout.hidden(blocks[:1])
+        assert hidden.requires_grad
+        gc.collect()
+        assert copies[-1]() is None
+        hidden.sum().backward()
+    assert float(leaf.grad) != 0
 
 
 def test_batches_are_halved_until_they_fit_into_memory(tiny, blocks):
