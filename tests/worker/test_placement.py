@@ -130,7 +130,8 @@ def run_sequential(model, targets, bank, blocks):
     calibration = calibrate(model, targets, blocks[:4], gradients=True)
     with PrefixModel(model, bank, targets) as prefix:
         pairs = {target.name: bank.pair(target.name, 4) for target in targets}
-        resolve(prefix, pairs, targets, calibration, blocks[:4], strength=0.5)
+        leader, gradients = calibration.leader, calibration.gradients
+        resolve(prefix, pairs, targets, blocks[:4], leader=leader, gradients=gradients, strength=0.5)
 
 
 @pytest.mark.parametrize("step", [run_soco, run_distill, run_sequential])
