@@ -21,7 +21,7 @@ from ranksearch.service.figures import duration, number
 from ranksearch.service.summary import refine_line
 
 REFRESH_SECONDS: Final = 1.0
-LONELY_SECONDS: Final = 5.0  # a job that waits longer may wait for a worker that nobody has started
+LONELY_SECONDS: Final = 20.0  # a job that waits longer may wait for a worker that nobody has started
 
 
 @dataclass(kw_only=True)

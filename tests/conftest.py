@@ -22,6 +22,8 @@ from ranksearch.service.store.settings import Settings, load_settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 # read when torch is first imported: threads that spin while they wait cost a shared machine most of its time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# the models of the tests are small, and their products come from one thread sooner than from several
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DATABASES = ("sqlite", "postgresql")
 

@@ -21,7 +21,7 @@ from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation, Scores
-from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle
+from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
@@ -267,7 +267,10 @@ class Workbench:
             folder = locate(source, revision=job.get("revision") or spec.revision, trust_remote_code=trust)
             if job.get("model_fingerprint") not in (None, model_fingerprint(folder)):
                 raise InvalidInput(f"The model {source} has changed since the job began; submit the job again.")
-            return *load_model(folder, dtype=spec.dtype, device=self.device, trust_remote_code=trust), folder
+            model, tokenizer = load_model(folder, dtype=spec.dtype, device=self.device, trust_remote_code=trust)
+            widest = max(target.parameters for target in find_targets(model))
+            torch.set_num_threads(threads_for(widest, self._facts["threads"]))
+            return model, tokenizer, folder
 
         return self._once("model", key, load)  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ranksearch.worker import hardware
-from ranksearch.worker.hardware import free_bytes
+from ranksearch.worker.hardware import free_bytes, threads_for
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
@@ -41,3 +41,8 @@ def test_a_container_has_what_its_limit_leaves(machine: Path, most: str, free: i
 
 def test_this_machine_has_some() -> None:
     assert 1 << 20 < free_bytes(CPU) <= hardware.memory_bytes(CPU)
+
+
+def test_small_matrices_are_left_to_one_thread():
+    assert threads_for(512 * 192, 8) == 1
+    assert threads_for(4096 * 4096, 8) == 8
