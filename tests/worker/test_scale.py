@@ -22,6 +22,8 @@ from ranksearch.worker.targets import find_targets
 from ranksearch.worker.tiny import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow  # a watchdog looks every millisecond, and memory is given back at once
 WORDS = " ".join(f"word{index % 37} and {index * index % 101}," for index in range(800))
 
 
@@ -78,7 +80,7 @@ def compress(folder: Path, budget: int, section_bytes: int) -> subprocess.Comple
     ("hidden", "width", "blocks"),
     [
         pytest.param(192, 384, 24, id="small"),
-        pytest.param(256, 512, 96, id="moderate", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(256, 512, 96, id="moderate", marks=pytest.mark.timeout(900)),
     ],
 )
 def test_a_model_of_three_times_the_memory_is_compressed(tmp_path: Path, hidden: int, width: int, blocks: int) -> None:
