@@ -70,7 +70,7 @@ class Ground:
         chosen, following = sample(ids["train"], args.sequences, 64, seed, length=length)
         train = cut(ids["train"], length)
         used = [slice(i * length, (i + 1) * length) for i in following]
-        more = apart(ids["train"], used, TRAINING_TOKENS // length, seed, length=length)
+        more = apart(ids["train"], used, seed, length=length)[: TRAINING_TOKENS // length]
         self.blocks = {CALIBRATION: train[chosen], EVALUATION: train[following], TRAINING: train[more]}
         self.spaces = {form: RankSpace(targets=self.targets, form=form) for form in ("factored", "pivoted")}
         self.calibration = self.calibrate()
@@ -227,7 +227,8 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
     def _calibration(options: Mapping[str, Any]) -> Calibration:
         if not options:
             return ground.calibration
-        return once(("calibration", *options.items()), lambda: ground.calibrate(**options))  # type: ignore[no-any-return]
+        calibration: Calibration = once(("calibration", *options.items()), lambda: ground.calibrate(**options))
+        return calibration
 
     def centred(metric: str, choose: Callable[[Shifted, FactorBank, float], Ranks]) -> Any:
         @contextmanager

@@ -12,6 +12,9 @@ from ranksearch.search.errors import InvalidInput
 from ranksearch.search.targets import Target
 from ranksearch.worker.bank import FactorBank
 
+Pair = tuple[Tensor, Tensor]
+"""The factors of one target: `left` `m x r` and `right` `r x n`."""
+
 
 class PrefixLinear(nn.Module):
     """A linear layer that runs dense or through the first `rank` components of its factors.
@@ -34,7 +37,7 @@ class PrefixLinear(nn.Module):
         super().__init__()
         self.dense = dense
         self._factors = (left, right)
-        self._prefix: tuple[Tensor, Tensor] | None = None
+        self._prefix: Pair | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -56,7 +59,7 @@ class PrefixLinear(nn.Module):
         left, right = self._factors
         self._prefix = None if rank is None else (left[:rank].mT, right[:rank])
 
-    def set_pair(self, pair: tuple[Tensor, Tensor] | None) -> None:
+    def set_pair(self, pair: Pair | None) -> None:
         """Runs through other factors, `left` `m x r` and `right` `r x n`, or dense for None."""
         self._prefix = pair
 
@@ -124,7 +127,7 @@ class PrefixModel:
             rank = ranks.get(name, self._targets[name].full_rank)
             module.set_rank(None if rank == self._targets[name].full_rank else rank)
 
-    def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def set_pairs(self, pairs: Mapping[str, Pair]) -> None:
         """Runs the named targets through the given factors and all others dense.
 
         Args:

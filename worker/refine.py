@@ -25,11 +25,10 @@ from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, leaders
 from ranksearch.worker.distill import distill
 from ranksearch.worker.evaluate import Evaluation
-from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.prefix import Pair, PrefixModel
 from ranksearch.worker.sequential import resolve
 from ranksearch.worker.soco import soco
 
-Pair = tuple[Tensor, Tensor]
 Progress = Callable[[float], None]
 
 
@@ -98,8 +97,8 @@ class Refinement:
             calibration: The bank's; None for metric `weight`.
             spec: The job's.
             kept: The budget.
-            state: Prefix of the files that hold what steps came to, and the state of one that takes long, until the
-                caller removes them.
+            state: File that the result is written to, and prefix of those that hold what earlier steps came to and the
+                state of one that takes long, until the caller removes them.
         """
         self._model, self._take_bank, self._space, self._blocks = model, take_bank, space, blocks
         self._held: FactorBank | None = None
@@ -129,12 +128,14 @@ class Refinement:
                 self._held = None
                 cpu = {name: (left.cpu(), right.cpu()) for name, (left, right) in refined.pairs.items()}
                 refined = replace(refined, pairs=cpu)
-            refined = self._once(step, refined, lambda done, place=place: progress((place + done) / len(steps)))  # type: ignore[misc]
+            file = self._state if place + 1 == len(steps) else self._file(f"after-{step}")
+            refined = self._once(step, refined, file, _share(progress, place, len(steps)))
+        if not self._state.exists():
+            refined.save(self._state)
         return refined
 
-    def _once(self, step: Step, refined: Refined, progress: Progress) -> Refined:
-        """A step, or what it came to in an earlier process."""
-        file = self._file(f"after-{step}")
+    def _once(self, step: Step, refined: Refined, file: Path, progress: Progress) -> Refined:
+        """A step, or what it came to in an earlier process, which is in the file."""
         if file.exists():
             return Refined.load(file)
         run = {"soco": self._soco, "sequential": self._sequential, "distill": self._distill}[step]
@@ -176,33 +177,28 @@ class Refinement:
         return Refined(ranks=chosen.ranks, pairs=chosen.pairs, steps=[*refined.steps, facts])
 
     def _sequential(self, refined: Refined, progress: Progress) -> Refined:
-        best, tried = refined.pairs, dict[float, float]()
-        text, known = self._evaluation(), self._calibration
+        best, text, known = refined.pairs, self._evaluation(), self._calibration
         leader = known.leader if known else leaders(self._model, self._space.targets, self._blocks[CALIBRATION])
         with PrefixModel(self._model, self._bank, self._space.targets) as prefix:
-
-            def attempt(strength: float, told: Progress) -> Mapping[str, Pair]:
-                if not strength:
-                    return refined.pairs
-                return resolve(
-                    prefix,
-                    refined.pairs,
-                    self._space.targets,
-                    self._blocks[CALIBRATION],
-                    leader=leader,
-                    gradients=known.gradients if known else {},
-                    strength=strength,
-                    scratch=self._state.parent,
-                    progress=told,
-                ).pairs
-
-            for place in range(4):
+            prefix.set_pairs(refined.pairs)
+            tried = {0.0: self._loss(text)}
+            for place in range(3):
                 strength, loss = _next_strength(tried), math.inf
                 with suppress(NumericalError):
-                    found = attempt(strength, lambda done, place=place: progress((place - 1 + done) / 3))  # type: ignore[misc]
+                    found = resolve(
+                        prefix,
+                        refined.pairs,
+                        self._space.targets,
+                        self._blocks[CALIBRATION],
+                        leader=leader,
+                        gradients=known.gradients if known else {},
+                        strength=strength,
+                        scratch=self._state.parent,
+                        progress=_share(progress, place, 3),
+                    ).pairs
                     prefix.set_pairs(found)
                     loss = self._loss(text)
-                if loss < min(tried.values(), default=math.inf):
+                if loss < min(tried.values()):
                     best = found
                 tried[strength] = loss
         chosen = min(tried, key=lambda strength: (tried[strength], strength))
@@ -249,8 +245,13 @@ class Refinement:
         return self._state.with_name(f"{self._state.name}-{step}.safetensors")
 
 
+def _share(progress: Progress, place: int, parts: int) -> Progress:
+    """Progress of one of several parts of equal length."""
+    return lambda done: progress((place + done) / parts)
+
+
 def _next_strength(tried: Mapping[float, float]) -> float:
-    """The strengths of `sequential` that are worth a try, one by one: none at all, a half, more, and more or less."""
+    """The strengths of `sequential` that are worth a try, after none at all: a half, more, and still more or less."""
     known = (0.0, 0.5, 0.75)
     if len(tried) < len(known):
         return known[len(tried)]

@@ -35,11 +35,9 @@ from ranksearch.search.targets import Target
 from ranksearch.worker.bank import factor
 from ranksearch.worker.linalg import DAMPING, Root, square_root
 from ranksearch.worker.placement import held
-from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.prefix import Pair, PrefixModel
 from ranksearch.worker.spill import Spill
 from ranksearch.worker.stream import BlockStream
-
-Pair = tuple[Tensor, Tensor]
 
 #: Tokens per forward pass of a block.
 BATCH_TOKENS = 4096

@@ -95,7 +95,7 @@ def gather(
     training = None
     if training_tokens:
         used = [] if other else [slice(i * evaluation_length, (i + 1) * evaluation_length) for i in following]
-        chosen_ids = apart(ids, used, -(-training_tokens // length), seed, length=length)
+        chosen_ids = apart(ids, used, seed, length=length)[: -(-training_tokens // length)]
         training = Blocks(tokens=cut(ids, length)[chosen_ids], ids=tuple(chosen_ids), fingerprint=digest, label=name)
     if other is not None:
         ids, digest, name = other
@@ -262,12 +262,8 @@ def sample(
     if other == length:
         rest = [int(i) for i in order[first:]]
     else:
-        used = np.zeros(len(ids) + 1, dtype=np.int64)
-        for block in chosen:
-            used[block * length + 1 : (block + 1) * length + 1] = 1
-        before = used.cumsum()
-        count = len(cut(ids, other))
-        rest = [int(i) for i in _permutation(count, seed) if before[(i + 1) * other] == before[i * other]]
+        used = [slice(block * length, (block + 1) * length) for block in chosen]
+        rest = apart(ids, used, seed, length=other)
     if len(chosen) < first or len(rest) < following:
         raise DatasetError(
             f"the text has {len(ids)} tokens, which gives {blocks} sequences of {length}; asked for {first}"
@@ -283,13 +279,12 @@ def sample(
     return chosen, rest[:following]
 
 
-def apart(ids: Tensor, used: Sequence[slice], most: int, seed: int, *, length: int) -> list[int]:
-    """Which blocks to train on: the first ones of the permutation of `sample` that share no token with others.
+def apart(ids: Tensor, used: Sequence[slice], seed: int, *, length: int) -> list[int]:
+    """The blocks that share no token with what is used already, in the order of the permutation of `sample`.
 
     Args:
         ids: `tokens` of the dataset.
-        used: Places in `ids` that must not be trained on.
-        most: Number of blocks, if there are so many.
+        used: Places in `ids` that are taken.
         seed: Seed of the permutation.
         length: Tokens of a block.
     """
@@ -297,7 +292,7 @@ def apart(ids: Tensor, used: Sequence[slice], most: int, seed: int, *, length: i
     for place in used:
         taken[place] = True
     order = _permutation(len(cut(ids, length)), seed)
-    return [int(i) for i in order if not taken[i * length : (i + 1) * length].any()][:most]
+    return [int(i) for i in order if not taken[i * length : (i + 1) * length].any()]
 
 
 def _permutation(count: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +203,9 @@ class Workbench:
         model, _, _ = self._model(job)
         self._unload("trials")
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-
-        def take_bank() -> FactorBank:
-            self._bank(job)
-            return self._loaded.pop("bank")[1]  # type: ignore[no-any-return]
-
         refinement = Refinement(
             model,
-            take_bank,
+            partial(self._take_bank, job),
             RankSpace.of(spec.method, find_targets(model)),
             load_blocks(job["blocks"]),
             Calibration.load(job["calibration"]) if job.get("calibration") else None,
@@ -218,7 +214,6 @@ class Workbench:
             state=Path(output),
         )
         refined = refinement.run(ranks, progress)
-        refined.save(output)
         return {"ranks": dict(refined.ranks), "steps": list(refined.steps)}
 
     def finish(
@@ -233,12 +228,11 @@ class Workbench:
         """Export the vector `best`, or what was made of it, to a folder and prove it; see `prove`."""
         spec = _spec(job)
         model, tokenizer, folder_of_model = self._model(job)
-        self._bank(job)
         self._unload("trials")
         return prove(
             model,
             tokenizer,
-            lambda: self._loaded.pop("bank")[1],
+            partial(self._take_bank, job),
             load_blocks(job["blocks"]),
             vectors,
             refined=Refined.load(refined) if refined else None,
@@ -280,6 +274,12 @@ class Workbench:
             return FactorBank.load(job["bank"], self.device if fits else "cpu")
 
         return self._once("bank", job["bank"], load)  # type: ignore[no-any-return]
+
+    def _take_bank(self, job: Mapping[str, Any]) -> FactorBank:
+        """Give the factors away: nothing here holds them afterwards."""
+        bank = self._bank(job)
+        del self._loaded["bank"]
+        return bank
 
     def _trials(self, job: Mapping[str, Any]) -> tuple[PrefixModel, Evaluation]:
         model, _, _ = self._model(job)
