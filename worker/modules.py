@@ -67,11 +67,19 @@ class FactoredLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class _Rows(nn.Linear):
+    """`n x tokens` to `m x tokens`; a module of its own, so that whoever moves weights to and fro finds them."""
+
+    def forward(self, columns: Tensor) -> Tensor:
+        return self.weight @ columns
+
+
 class PivotedLinear(nn.Module):
     """A linear layer that stores r rows of its weight, and the other rows as combinations of these.
 
     `y = cat([pivot x, rest (pivot x)])[order] + bias`: no more multiplications than parameters, and for the same
-    parameters a larger rank than two thin matrices have.
+    parameters a larger rank than two thin matrices have. A feature is a row inside, so that putting the rows in order
+    copies whole rows; the result is a transposed view.
     """
 
     order: Tensor
@@ -98,18 +106,18 @@ class PivotedLinear(nn.Module):
         """
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.pivot = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.rest = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.pivot = _Rows(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.rest = _Rows(rank, out_features - rank, bias=False, device=device, dtype=dtype)
         self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, features: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
-        pivots = self.pivot(features)
-        rows = torch.cat([pivots, self.rest(pivots)], dim=-1)
-        # on a CPU several times as fast as index_select along the last dimension
-        placed = rows.gather(-1, self.order.long().expand_as(rows))
-        return placed if self.bias is None else placed + self.bias
+        pivots = self.pivot(features.reshape(-1, self.in_features).mT)
+        rows = torch.cat([pivots, self.rest(pivots)]).index_select(0, self.order)
+        if self.bias is not None:
+            rows = rows + self.bias[:, None]
+        return rows.mT.reshape(*features.shape[:-1], self.out_features)
 
     @staticmethod
     def tensor_names(bias: bool) -> tuple[str, ...]:
