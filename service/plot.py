@@ -1,30 +1,74 @@
-"""Perplexity against trial as a picture; the only file that draws."""
+"""Searches as pictures: the trials of a job, and the progress of several methods."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ranksearch.search.spec import budget_label
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+MORE_COLOURS = (*COLOURS, "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#393b79", "#637939")
+
+#: Method -> for each of its runs the best score after each evaluation, not a number before the first.
+Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
 def plot_search(report: dict[str, Any], path: Path) -> None:
     """Draw every budget's trials, the best so far, and where prior and uniform stand."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     budgets = report["budgets"]
-    figure = Figure(figsize=(7.0, 3.4 * len(budgets)), layout="constrained")
+    figure = _figure(7.0, 3.4 * len(budgets))
     objective = report["spec"]["search"]["objective"]
     for place, (budget, colour) in enumerate(zip(budgets, COLOURS * len(budgets), strict=False)):
         axes = figure.add_subplot(len(budgets), 1, place + 1)
         _panel(axes, budget, objective, colour)
     figure.savefig(path, dpi=130)
+
+
+def plot_methods(curves: Mapping[float, Curves], objective: str, path: Path) -> None:
+    """Draw the best score so far over evaluations, a panel per budget: the mean over runs, and where they lie."""
+    figure = _figure(8.0, 3.8 * len(curves))
+    for place, (kept, methods) in enumerate(curves.items()):
+        axes = figure.add_subplot(len(curves), 1, place + 1)
+        lengths = [len(run) for runs in methods.values() for run in runs]
+        for (method, runs), colour in zip(methods.items(), MORE_COLOURS * len(methods), strict=False):
+            _curve(axes, method, runs, colour, max(lengths))
+        if max(lengths) > 5 * min((n for n in lengths if n > 1), default=max(lengths)):
+            axes.set_xscale("log")
+        axes.set_title(f"kept {budget_label(kept)}", loc="left")
+        axes.set_xlabel("evaluations")
+        axes.set_ylabel(f"best {objective} on the evaluation text")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=130)
+
+
+def _curve(axes: Any, method: str, runs: Sequence[Sequence[float]], colour: str, length: int) -> None:
+    """One method; thin dots go on from its last evaluation, so that it can be compared with longer ones."""
+    end = max(map(len, runs))
+    scores = np.array([[*run, *[run[-1]] * (end - len(run))] for run in runs if run])
+    if not scores.size:
+        return
+    evaluations, mean = np.arange(1, end + 1), scores.mean(axis=0)
+    axes.step(evaluations, mean, where="post", color=colour, linewidth=1.8, label=method)
+    if len(scores) > 1:
+        spread = scores.std(axis=0, ddof=1)
+        axes.fill_between(evaluations, mean - spread, mean + spread, step="post", color=colour, alpha=0.18, linewidth=0)
+    axes.plot(end, mean[-1], "o", color=colour, markersize=4)
+    axes.plot([end, length], [mean[-1]] * 2, ":", color=colour, linewidth=1)
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> None:

@@ -151,7 +151,7 @@ def _loop(
         except Empty:
             if not looked and time.monotonic() - began >= LONELY_SECONDS:
                 looked = True
-                _warn_without_worker(client, job["id"], console)
+                warn_without_worker(client, job["id"], console)
         else:
             if isinstance(event, BaseException):
                 raise event
@@ -164,7 +164,7 @@ def _loop(
             live.update(_picture(job, progress))
 
 
-def _warn_without_worker(client: Client, job_id: str, console: Console) -> None:
+def warn_without_worker(client: Client, job_id: str, console: Console) -> None:
     if client.job(job_id)["status"] == "queued" and not any(worker["alive"] for worker in client.workers()):
         line = "warning: no worker is running, so the job waits; start one with `ranksearch worker`"
         console.print(Text(f"  {line}", style="yellow"), soft_wrap=True)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ranksearch.search.errors import RanksearchError
-from ranksearch.service.cli import files, jobs, run
+from ranksearch.service.cli import compare, files, jobs, run
 from ranksearch.service.cli.output import INTERRUPTED, exit_code, print_error, print_lines, say
 
 
@@ -84,6 +84,14 @@ _add("Jobs", jobs.watch, "ranksearch watch job_1a2b3c4d5e6f")
 _add("Jobs", jobs.jobs, "ranksearch jobs", "ranksearch jobs --limit 5 --json")
 _add("Jobs", jobs.show, "ranksearch show job_1a2b3c4d5e6f")
 _add("Jobs", jobs.cancel, "ranksearch cancel job_1a2b3c4d5e6f")
+_add(
+    "Results",
+    compare.compare,
+    "ranksearch compare spec.json --methods ranksearch,soco --kept 0.4,0.25",
+    "ranksearch compare spec.json --methods ranksearch,ranksearch/pivoted,ranksearch/pivoted+sequential",
+    "ranksearch compare spec.json --methods ranksearch,soco --seeds 0,1,2 --plot curves.svg",
+    "ranksearch compare --jobs job_1a2b3c4d5e6f,job_6f5e4d3c2b1a --json",
+)
 _add(
     "Results",
     files.report,

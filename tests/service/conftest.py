@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
+from typer.testing import CliRunner
 
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.app import create_app
+from ranksearch.service.cli import app
 from ranksearch.service.context import Context
 from ranksearch.service.store.database import open_database
 from ranksearch.service.store.jobs import Jobs
@@ -69,3 +71,16 @@ def body(model: Path, allowed: Path) -> dict[str, Any]:
         "evaluation": {"test": []},
         "budget": {"kept": [0.5]},
     }
+
+
+@pytest.fixture
+def url(serve: Callable[[Settings], str], settings: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
+    address = serve(settings)
+    monkeypatch.setenv("RANKSEARCH_URL", address)
+    return address
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Run one command; bugs show as what they are."""
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)

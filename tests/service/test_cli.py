@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from ranksearch.search.spec import JobSpec
 from ranksearch.service import watch
@@ -29,19 +28,6 @@ from ranksearch.service.watch import Progress
 Run = Callable[..., Any]
 
 pytestmark = pytest.mark.one_database  # the commands see no database
-
-
-@pytest.fixture
-def url(serve: Callable[[Settings], str], settings: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
-    address = serve(settings)
-    monkeypatch.setenv("RANKSEARCH_URL", address)
-    return address
-
-
-@pytest.fixture
-def run() -> Run:
-    """Run one command; bugs show as what they are."""
-    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 @pytest.fixture
