@@ -28,7 +28,7 @@ from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search
-from ranksearch.search.trials import RESULT, SPACE, row, space_of, study_name, trials_of
+from ranksearch.search.trials import RESULT, SPACE, picture_attribute, row, space_of, study_name, trials_of
 
 if TYPE_CHECKING:
     from ranksearch.search.sampler import RankSampler
@@ -307,6 +307,7 @@ class RankStudy:
         facts = {"job": job_id, "model": model, "kept": self.kept, "targets": len(self.space.targets)}
         for key, value in {**facts, "objective": self.spec.objective, "dense score": self.dense_score}.items():
             self._storage.set_study_user_attr(self._study_id, key, value)
+        self._storage.set_study_system_attr(self._study_id, *picture_attribute(self._study_id))
         rows = [list(asdict(target).values()) for target in self.space.targets]
         table = {
             "columns": list(asdict(self.space.targets[0])),

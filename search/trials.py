@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import optuna
@@ -56,6 +57,22 @@ def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace 
         keep_dense=tuple(table["keep_dense"]),
         form=table.get("form", "factored"),  # studies older than the choice of a form
     )
+
+
+def best_trial(storage: BaseStorage, study_id: int) -> FrozenTrial | None:
+    """The complete trial with the smallest score, the first one on ties; probes are off budget and never the best."""
+    trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    scored = [(t.value, t.number, t) for t in trials if t.value is not None and t.user_attrs.get("origin") != "probe"]
+    return min(scored)[2] if scored else None
+
+
+def picture_attribute(study_id: int) -> tuple[str, str]:
+    """The system attribute that lets the dashboard show the heat map of a study's ranks, as Optuna writes artifacts.
+
+    Nothing is stored: the server draws the picture when it is asked for, so the artifact's id names the study.
+    """
+    facts = {"artifact_id": str(study_id), "filename": "ranks.svg", "mimetype": "image/svg+xml", "encoding": None}
+    return f"artifacts:{study_id}", json.dumps(facts)
 
 
 def row(trial: FrozenTrial) -> dict[str, Any]:

@@ -6,21 +6,29 @@ gets exactly the paths that are its own.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import optuna
 from a2wsgi import WSGIMiddleware
+from optuna.artifacts.exceptions import ArtifactNotFound
 from starlette.datastructures import Headers
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import RedirectResponse
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ranksearch.search.coordinates import RANKS
+from ranksearch.search.trials import best_trial, space_of
+from ranksearch.service.heatmap import heatmap
 from ranksearch.service.problems import problem
 
-_FOLDERS: Final = ("/dashboard", "/static", "/csv", "/api/meta", "/api/studies", "/api/trials", "/api/artifacts")
+_FOLDERS: Final = (
+    *("/dashboard", "/static", "/csv", "/artifacts"),
+    *("/api/meta", "/api/studies", "/api/trials", "/api/artifacts"),
+)
 _PAGES: Final = ("/", "/favicon.ico")
 
 
@@ -57,8 +65,34 @@ class OnFirstUse:
             if self._app is None:
                 import optuna_dashboard
 
-                self._app = optuna_dashboard.wsgi(self.storage)
+                self._app = optuna_dashboard.wsgi(self.storage, artifact_store=Heatmaps(self.storage))
         return self._app(environ, start_response)
+
+
+class Heatmaps:
+    """An artifact store (Optuna's protocol) that holds nothing: each study's one artifact is drawn when it is read."""
+
+    def __init__(self, storage: optuna.storages.RDBStorage) -> None:
+        self.storage = storage
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """The heat map of the best ranks so far of the study with this id, as SVG; empty before the first trial."""
+        try:
+            name = self.storage.get_study_name_from_id(int(artifact_id))
+        except (KeyError, ValueError):
+            raise ArtifactNotFound(artifact_id) from None
+        job_id, _, kept = name.rpartition("/")
+        panels = {}
+        space, best = space_of(self.storage, job_id, float(kept)), best_trial(self.storage, int(artifact_id))
+        if space is not None and best is not None:
+            panels[f"{name}, trial {best.number}"] = (space, space.unpack(best.user_attrs[RANKS]))
+        return io.BytesIO(heatmap(panels).encode())
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        raise NotImplementedError("the dashboard is for looking")
+
+    def remove(self, artifact_id: str) -> None:
+        raise NotImplementedError("the dashboard is for looking")
 
 
 class ReadOnly:

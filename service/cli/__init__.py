@@ -97,6 +97,7 @@ _add(
     files.report,
     "ranksearch report job_1a2b3c4d5e6f",
     "ranksearch report job_1a2b3c4d5e6f --json > report.json",
+    "ranksearch report job_1a2b3c4d5e6f --heatmap ranks.svg",
 )
 _add(
     "Results",

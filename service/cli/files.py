@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
+from ranksearch.search.errors import InvalidInput
 from ranksearch.search.spec import budget_label
 from ranksearch.service.cli import options
 from ranksearch.service.cli.jobs import JobId
@@ -18,18 +19,28 @@ from ranksearch.service.client import Client
 from ranksearch.service.download import choose
 from ranksearch.service.download import fetch as fetch_files
 from ranksearch.service.figures import size
+from ranksearch.service.heatmap import heatmap, report_panels
 from ranksearch.service.summary import budget_line, print_estimate, refine_line, score_table
 
 Budget = Annotated[float | None, typer.Option("--kept", help="Which budget.")]
 
 
-def report(job: JobId, as_json: options.AsJson = False) -> None:
+def report(
+    job: JobId,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--heatmap", metavar="FILE.svg", help="Draw what each matrix keeps, layer by type."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
     """Print the proof.
 
     Scores of dense, uniform, prior, best and final; sizes; speed before and after.
     """
     with Client() as client:
         document = client.report(job)
+    if picture is not None:
+        _draw(document, picture)
     if as_json:
         print_json(document)
         return
@@ -39,6 +50,14 @@ def report(job: JobId, as_json: options.AsJson = False) -> None:
         console.print(Text(budget_line(budget)))
         for step in budget.get("refine") or ():
             console.print(Text(f"  {refine_line(step, document['spec']['search']['objective'])}"))
+
+
+def _draw(document: dict[str, Any], path: Path) -> None:
+    try:
+        path.write_text(heatmap(report_panels(document)), encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror or error}") from error
+    say(f"heat map: {path}")
 
 
 def fetch(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -336,6 +337,25 @@ def test_report(run: Run, running: str, jobs: Jobs) -> None:
         assert words in shown
     assert "  sequential  strength 0.75: perplexity 37.630 -> 33.840\n" in shown
     assert "  distill     750,000 tokens: perplexity 33.900 -> 30.200\n" in shown
+
+
+def test_a_report_draws_what_each_matrix_keeps(run: Run, running: str, jobs: Jobs, tmp_path: Path) -> None:
+    targets = {
+        "model.layers.0.mlp.up_proj": {"shape": [40, 20], "rank": 4},  # 4 x 60 of 800
+        "model.layers.0.mlp.experts.0.w<1>": {"shape": [20, 20], "rank": 20},  # dense
+        "model.layers.0.mlp.experts.1.w<1>": {"shape": [20, 20], "rank": 2},  # 2 x 40 of 400
+        "model.layers.11.mlp.up_proj": {"shape": [40, 20], "rank": 20},
+    }
+    budgets = [{**REPORT["budgets"][0], "kept": kept, "targets": targets} for kept in (0.5, 0.3)]
+    spec = {"method": {"form": "factored"}, "search": {"objective": "perplexity"}}
+    jobs.save_report(running, {"job": running, "spec": spec, "budgets": budgets})
+    picture = tmp_path / "ranks.svg"
+    result = run("report", running, "--heatmap", picture)
+    assert (result.exit_code, f"heat map: {picture}" in result.stderr) == (0, True)
+    drawn = [element.text for element in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}title")]
+    cells = ["mlp.up_proj, layer 0: 30.0%", "mlp.up_proj, layer 11: 100.0%", "mlp.experts.w<1>, layer 0: 60.0%"]
+    assert drawn == 2 * cells
+    assert run("report", running, "--heatmap", tmp_path / "no" / "ranks.svg").exit_code == 2
 
 
 def test_a_report_without_steps_after_the_search_has_no_line_of_them(run: Run, running: str, jobs: Jobs) -> None:

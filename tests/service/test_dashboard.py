@@ -8,8 +8,11 @@ import optuna
 import pytest
 from fastapi.testclient import TestClient
 
+from ranksearch.search.trials import trials_of
 from ranksearch.service.context import Context
+from ranksearch.service.heatmap import shares_by_layer
 
+from . import studies
 from .studies import run_study
 
 pytestmark = pytest.mark.one_database
@@ -27,7 +30,7 @@ def test_the_dashboard_has_its_paths_and_no_others(client: TestClient, study_id:
         assert client.get(path).status_code == 200, path
     for path in ("/api/meta", "/api/studies", f"/api/studies/{study_id}", f"/csv/{study_id}"):
         assert client.get(path).status_code == 200, path
-    for path in ("/api/llm/x", "/artifacts/1/2", "/incompatible-rdb-schema", "/api", "/dashboards"):
+    for path in ("/api/llm/x", "/incompatible-rdb-schema", "/api", "/dashboards"):
         answer = client.get(path)
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), path
 
@@ -61,3 +64,24 @@ def test_large_answers_are_compressed(client: TestClient, study_id: int) -> None
     assert len(gzip.decompress(raw)) > 2 * len(raw)
     del client.headers["accept-encoding"]
     assert client.get("/static/bundle.js").status_code == 200
+
+
+def test_a_study_shows_the_ranks_of_its_best_trial_drawn_when_they_are_looked_at(
+    client: TestClient, context: Context, study_id: int
+) -> None:
+    (artifact,) = client.get(f"/api/studies/{study_id}").json()["artifacts"]
+    assert artifact["mimetype"] == "image/svg+xml"
+    at = f"/artifacts/{study_id}/{artifact['artifact_id']}"
+    first = client.get(at)
+    assert (first.status_code, first.headers["content-type"]) == (200, "image/svg+xml")
+    best = min(trials_of(context.studies, "job_a", 0.5), key=lambda row: row["score"])
+    assert f"job_a/0.5, trial {best['number']}:" in first.text
+    ranks = studies.SPACE.unpack(best["ranks"])
+    kinds, shares = shares_by_layer(studies.SPACE, ranks)
+    assert kinds == ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"]
+    for target, cost in zip(studies.SPACE.targets, studies.SPACE.costs(ranks), strict=True):
+        share = cost / target.parameters
+        assert shares[kinds.index(target.kind), target.depth] == share
+        assert f"<title>{target.kind}, layer {target.depth}: {100 * share:.1f}%</title>" in first.text
+    assert client.get(f"/artifacts/{study_id}/{study_id + 1}").status_code == 404
+    assert client.post(f"/api/artifacts/{study_id}", json={"file": "data:,x"}).status_code == 403
