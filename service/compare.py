@@ -106,7 +106,7 @@ def _fitting(name: str, document: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInput: The method does not go with the spec, whatever is left out.
     """
-    first: ValidationError | None = None
+    why: ValidationError | None = None
     for left_out in ((), BROUGHT[:1], BROUGHT[1:], BROUGHT):
         fitting = copy.deepcopy(document)
         for part, field in left_out:
@@ -114,11 +114,11 @@ def _fitting(name: str, document: dict[str, Any]) -> dict[str, Any]:
         try:
             JobSpec.model_validate(fitting)
         except ValidationError as error:
-            first = first or error
+            why = error
         else:
             return fitting
-    assert first is not None
-    fault = first.errors()[0]
+    assert why is not None
+    fault = why.errors()[0]
     where = "/".join(str(part) for part in fault["loc"])
     raise InvalidInput(f"{name}: /{where}: {fault['msg'].removeprefix('Value error, ')}")
 

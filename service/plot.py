@@ -37,6 +37,7 @@ def plot_methods(curves: Mapping[float, Curves], objective: str, path: Path) -> 
         lengths = [len(run) for runs in methods.values() for run in runs]
         for (method, runs), colour in zip(methods.items(), MORE_COLOURS * len(methods), strict=False):
             _curve(axes, method, runs, colour, max(lengths))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if max(lengths) > 5 * min((n for n in lengths if n > 1), default=max(lengths)):
             axes.set_xscale("log")
         axes.set_title(f"kept {budget_label(kept)}", loc="left")

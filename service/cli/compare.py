@@ -80,10 +80,10 @@ def compare(
         _print(rows, [report for report in reports.values() if report])
     if plot is not None:
         _plot([(jobs[id], report) for id, report in reports.items() if report], plot)
-    if any(row.get("error") for row in rows):
-        for id in (id for id, report in reports.items() if report is None):
-            why = next(row["error"] for row in rows if row["job"] == id)
-            say(f"{_label(jobs[id], finished[id])} ({id}) {finished[id]['status']}: {why}")
+    failed = {row["job"]: row["error"] for row in rows if "error" in row}
+    for id, why in failed.items():
+        say(f"{_label(jobs[id], finished[id])} ({id}) {finished[id]['status']}: {why}")
+    if failed:
         raise typer.Exit(JOB_FAILED)
 
 
@@ -129,11 +129,11 @@ def _submit(client: Client, found: Sequence[Contender]) -> dict[str, str]:
         if jobs:
             say(f"submitted until here, and not cancelled: {', '.join(jobs)}")
         raise
+    say(f"{len(jobs)} jobs; the same table later: {_again(jobs)}")
     return jobs
 
 
 def _follow(client: Client, jobs: Mapping[str, str]) -> dict[str, JSON]:
-    say(f"{len(jobs)} jobs; the same table later: {_again(jobs)}")
     try:
         return follow_all(client, {id: _label(method, client.job(id)) for id, method in jobs.items()}, err())
     except KeyboardInterrupt:
