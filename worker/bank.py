@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class FactorBank:
 def build_bank(
     model: nn.Module,
     targets: Sequence[Target],
-    calibration: Calibration | None,
+    calibration: Calibration | Iterable[Calibration] | None,
     *,
     metric: Metric,
     dtype: torch.dtype | None = None,
@@ -124,7 +125,8 @@ def build_bank(
     Args:
         model: The dense model.
         targets: What to factor.
-        calibration: Covariances; may be None for metric `weight`.
+        calibration: Covariances, or parts of them as they come, in any order, each of all targets of some blocks; None
+            will do for metric `weight`.
         metric: `weight` (C = G = I), `feature` (G = I) or `two_sided`.
         dtype: Storage dtype of the factors; that of each weight when None. More digits would be lost at once: a trial
             runs in the model's dtype.
@@ -140,8 +142,7 @@ def build_bank(
         NumericalError: A covariance or weight is not finite, or no decomposition converged.
         OSError: The disk is full.
     """
-    if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
-        raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
+    parts = [calibration] if calibration is None or isinstance(calibration, Calibration) else calibration
     weights = {target.name: model.get_parameter(f"{target.name}.weight").detach() for target in targets}
     stored = {target.name: target.full_rank if full else target.break_even for target in targets}
     tensors: dict[str, Tensor] = {}
@@ -153,13 +154,14 @@ def build_bank(
             written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
             keep = written.write
         root_of = partial(square_root, damping=damping, shrinkage=shrinkage)
-        factored = _factored(targets, weights, stored, calibration, metric, root_of, device)
-        for index, (name, factors, fact) in enumerate(factored):
+        factored = (_factored(targets, weights, stored, part, metric, root_of, device) for part in parts)
+        for index, (name, factors, fact) in enumerate(chain.from_iterable(factored)):
             keep(f"spectra/{name}", factors.sigma.cpu())
             keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
             keep(f"right/{name}", factors.right[: stored[name]].to(dtype or weights[name].dtype).contiguous())
             facts[name] = {**factors.facts, **fact}
             progress((index + 1) / len(targets))
+        facts = {name: facts[name] for name in stored}
         if file is not None:
             written.describe({"bank": json.dumps({"metric": metric, "facts": facts})})
     return FactorBank.load(file) if file is not None else FactorBank._of(tensors, metric, facts)
@@ -186,7 +188,10 @@ def _factored(
     root_of: Callable[..., Root],
     device: str | torch.device | None,
 ) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
-    """Each target's name, its factors and further facts; only one target's are in memory at a time."""
+    """Name, factors and further facts of each target of a calibration; only one target's are in memory at a time."""
+    if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
+        raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
+    targets = [target for target in targets if calibration is None or target.name in calibration.leader]
     pooled = Pooled(calibration, targets) if calibration else None
     root: tuple[str, Root] | None = None
     for target in targets:

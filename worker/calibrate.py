@@ -42,6 +42,7 @@ from ranksearch.worker.sweep import Sweep, WholeModel
 from ranksearch.worker.tensor_file import TensorFile
 
 Progress = Callable[[float], None]
+Complete = Callable[["Calibration"], None]
 
 #: Bytes of covariances that are collected at once, at most: more sections cost little by then.
 MOST_ON_DEVICE = 4 << 30
@@ -105,6 +106,7 @@ def calibrate(
     file: str | Path | None = None,
     scratch: str | Path | None = None,
     progress: Progress = lambda fraction: None,
+    complete: Complete = lambda part: None,
 ) -> Calibration:
     """Streams text through the model and accumulates covariances.
 
@@ -123,6 +125,8 @@ def calibrate(
         file: Where the covariances are written as they come, to be read from there; kept in memory when None.
         scratch: Folder on a disk for what lies between sections; the system's own when None.
         progress: Told the fraction done.
+        complete: Given the covariances of each of several sections once they are kept, and all of them again if the
+            memory does not suffice; not called when there is one section.
 
     Raises:
         NumericalError: A target's inputs or output gradients hold NaN or Inf; names it.
@@ -144,7 +148,17 @@ def calibrate(
                 parts = [section.parts or range(1) for section in sections]
                 sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
                 with _differentiable(model), _repeatable(readout.device):
-                    _collect(model, sections, sweep, slope, kept, gradients=gradients, pool=pool, progress=progress)
+                    _collect(
+                        model,
+                        sections,
+                        sweep,
+                        slope,
+                        kept,
+                        gradients=gradients,
+                        pool=pool,
+                        progress=progress,
+                        complete=complete,
+                    )
                 break
             except torch.OutOfMemoryError:
                 if rows == 1:
@@ -164,6 +178,7 @@ def _collect(
     gradients: bool,
     pool: int | None,
     progress: Progress,
+    complete: Complete,
 ) -> None:
     """Runs the sweep through all sections and keeps each one's covariances as soon as they are complete."""
     runs = sum(len(section.passes) for section in sections) + (len(sections) - 1 if gradients else 0)
@@ -199,6 +214,8 @@ def _collect(
     for number in reversed(numbers) if gradients else numbers:
         for index, groups in enumerate(sections[number].passes, start=1):
             observe(number, groups, keep=index < len(sections[number].passes), backward=gradients)
+        if len(sections) > 1:
+            complete(kept.part(sections[number]))
 
 
 def _look_for_nan(finite: list[Tensor], hidden: Tensor) -> None:
@@ -219,6 +236,7 @@ class _Kept:
     ) -> None:
         self._leader = {target.name: group[0].name for group in groups for target in group}
         self._tokens: dict[str, int] = {}
+        self._written: list[str] = []
         self._total = total_tokens
         self._path, self._tensors, self._file = file, dict[str, Tensor](), None
         if file is not None:
@@ -244,18 +262,28 @@ class _Kept:
             self._write(f"gradients/{name}", moments.take_mean(self._total))
 
     def _write(self, name: str, mean: Tensor) -> None:
+        self._written.append(name)
         if self._file is None:
             self._tensors[name] = mean.cpu()
         else:
             self._file.write(name, mean)
 
-    def _facts(self) -> dict[str, Any]:
-        tokens = {name: self._tokens[lead] for name, lead in self._leader.items()}
-        return {"leader": self._leader, "tokens": tokens, "total_tokens": self._total}
+    def _facts(self, leader: Mapping[str, str]) -> dict[str, Any]:
+        tokens = {name: self._tokens[lead] for name, lead in leader.items()}
+        return {"leader": leader, "tokens": tokens, "total_tokens": self._total}
+
+    def part(self, section: Section) -> Calibration:
+        """What was kept of a section; it can be read before the rest is there."""
+        names = {target.name for groups in section.passes for group in groups for target in group}
+        read = self._tensors.__getitem__ if self._file is None else self._file.read
+        tensors = {key: read(key) for key in self._written if key.split("/", 1)[1] in names}
+        leader = {name: lead for name, lead in self._leader.items() if name in names}
+        return Calibration._of(tensors, self._facts(leader))
 
     def calibration(self) -> Calibration:
         """What was kept, after the file was closed."""
-        return Calibration._of(self._tensors, self._facts()) if self._path is None else Calibration.load(self._path)
+        facts = self._facts(self._leader)
+        return Calibration._of(self._tensors, facts) if self._path is None else Calibration.load(self._path)
 
     def __enter__(self) -> _Kept:
         return self
@@ -263,7 +291,7 @@ class _Kept:
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if self._file is not None:
             if kind is None:
-                self._file.describe({"calibration": json.dumps(self._facts())})
+                self._file.describe({"calibration": json.dumps(self._facts(self._leader))})
             self._file.__exit__(kind, *rest)
 
 

@@ -36,28 +36,33 @@ def calibrate(run: RunningJob, prepared: Facts) -> dict[str, Any]:
     if metric == "weight":
         return {"fingerprint": None, "calibration": None}
     fingerprint = calibration_fingerprint(prepared, gradients=metric == "two_sided")
-    path, hit = _made_once(run, "calibration", fingerprint, "calibrate")
+    bank = None  # where `factor` will find it begun
+    if run.worker.artifacts.find("bank", _bank_fingerprint(run, prepared, fingerprint), job_id=run.id) is None:
+        bank = str(run.fresh_folder("ahead") / "bank.safetensors")
+    path, hit = _made_once(run, "calibration", fingerprint, "calibrate", bank=bank)
     return {"fingerprint": fingerprint, "calibration": path.name, "cache_hit": hit}
 
 
 def factor(run: RunningJob, prepared: Facts, calibrated: Facts) -> dict[str, Any]:
     """Factor every target, unless an earlier job did so in the same metric."""
-    method = run.spec.method
-    fingerprint = bank_fingerprint(
-        prepared, calibration=calibrated["fingerprint"], metric=method.metric, full=method.all_components
-    )
+    fingerprint = _bank_fingerprint(run, prepared, calibrated["fingerprint"])
     path, hit = _made_once(run, "bank", fingerprint, "factor")
     return {"fingerprint": fingerprint, "bank": path.name, "cache_hit": hit}
 
 
-def _made_once(run: RunningJob, kind: str, fingerprint: str, operation: str) -> tuple[Path, bool]:
+def _bank_fingerprint(run: RunningJob, prepared: Facts, calibration: str | None) -> str:
+    method = run.spec.method
+    return bank_fingerprint(prepared, calibration=calibration, metric=method.metric, full=method.all_components)
+
+
+def _made_once(run: RunningJob, kind: str, fingerprint: str, operation: str, **arguments: Any) -> tuple[Path, bool]:
     """Find a stored file by its fingerprint, or have the device make it and store it."""
     artifacts = run.worker.artifacts
     if (path := artifacts.find(kind, fingerprint, job_id=run.id)) is not None:
         run.tell(f"{kind}.cache_hit", fingerprint=fingerprint)
         return path, True
     output = run.fresh_folder(operation) / f"{kind}.safetensors"
-    run.ask(operation, output=str(output))
+    run.ask(operation, output=str(output), **arguments)
     return artifacts.save(kind, fingerprint, output, job_id=run.id), False
 
 

@@ -60,8 +60,10 @@ class TensorFile:
         self._room = -(-(len(json.dumps(self._entries)) + room + 64) // 8) * 8
         self._missing = set(tensors)
         self._facts: dict[str, str] = {}
-        self._file = Path(path).open("wb")  # noqa: SIM115 - open as long as this object
-        self._file.truncate(8 + self._room + end)
+        self._path, self._size = Path(path), 8 + self._room + end
+        self._mapped: Tensor | None = None
+        self._file = self._path.open("wb")
+        self._file.truncate(self._size)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, from any device.
@@ -75,7 +77,16 @@ class TensorFile:
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {entry}")
         self._file.seek(8 + self._room + entry["data_offsets"][0])
         self._file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.flush()  # for who reads before the file is closed
         self._missing.discard(name)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written, mapped from the file; it outlives this object and the file's name."""
+        if self._mapped is None:
+            self._mapped = torch.from_file(str(self._path), size=self._size, dtype=torch.uint8)
+        entry = self._entries[name]
+        start, end = (8 + self._room + offset for offset in entry["data_offsets"])
+        return self._mapped[start:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def describe(self, facts: Mapping[str, str]) -> None:
         """Sets the metadata of the file."""

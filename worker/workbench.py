@@ -18,6 +18,7 @@ import torch
 from ranksearch.search.errors import InvalidInput, RanksearchError
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
+from ranksearch.worker.ahead import Ahead
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
@@ -76,6 +77,7 @@ class Workbench:
     def close(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
         """Unload everything."""
         self._trial = None
+        self._unload("ahead")
         self._loaded.clear()
         gc.collect()
         if self.device.type == "cuda":
@@ -122,42 +124,45 @@ class Workbench:
             "text": text,
         }
 
-    def calibrate(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
-        """Collect covariances on the calibration blocks and write them to a file."""
+    def calibrate(
+        self, job: Mapping[str, Any], output: str, bank: str | None = None, *, progress: Progress
+    ) -> dict[str, Any]:
+        """Collect covariances on the calibration blocks and write them to a file.
+
+        With a place for a bank, targets are factored beside it if it takes several sections; `factor` takes that over.
+        """
         spec = _spec(job)
         model, _, _ = self._model(job)
-        gradients = spec.method.metric == "two_sided"
         self._unload("trials")
-        blocks = load_blocks(job["blocks"])["calibration"]
-        found = calibrate(
+        self._unload("ahead")
+        targets = find_targets(model)
+        collect = partial(
+            calibrate,
             model,
-            find_targets(model),
-            blocks,
-            gradients=gradients,
+            targets,
+            load_blocks(job["blocks"])["calibration"],
+            gradients=spec.method.metric == "two_sided",
             file=output,
             scratch=job["cache_dir"],
             progress=progress,
         )
+        if bank is None:
+            return {"tokens": collect().total_tokens}
+        with Ahead(self._build(job), targets, self.device, bank) as ahead:
+            found = collect(complete=ahead.add)
+        self._loaded["ahead"] = (job["id"], ahead)
         return {"tokens": found.total_tokens}
 
     def factor(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
         """Factor all targets and write the bank to a file."""
-        spec = _spec(job)
-        model, _, _ = self._model(job)
+        build = self._build(job)
         self._unload("trials")
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
-        method = spec.method
-        bank = build_bank(
-            model,
-            find_targets(model),
-            calibration,
-            metric=method.metric,
-            full=method.all_components,
-            device=self.device,
-            file=output,
-            progress=progress,
-        )
-        return {"bytes": bank.nbytes}
+        number, ahead = self._loaded.get("ahead", (None, None))
+        if number != job["id"] or not ahead.finish(output, progress):
+            build(calibration, file=output, progress=progress)
+        self._unload("ahead")
+        return {"bytes": FactorBank.load(output).nbytes}
 
     def dense(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
         """Score the dense model on the evaluation blocks."""
@@ -268,8 +273,22 @@ class Workbench:
 
         return self._once("model", key, load)  # type: ignore[no-any-return]
 
+    def _build(self, job: Mapping[str, Any]) -> Callable[..., FactorBank]:
+        """Makes the job's bank of its calibration."""
+        method = _spec(job).method
+        model, _, _ = self._model(job)
+        return partial(
+            build_bank,
+            model,
+            find_targets(model),
+            metric=method.metric,
+            full=method.all_components,
+            device=self.device,
+        )
+
     def _bank(self, job: Mapping[str, Any]) -> FactorBank:
         def load() -> FactorBank:
+            self._unload("ahead")  # the bank was there already
             fits = Path(job["bank"]).stat().st_size <= free_bytes(self.device) - SPARE * memory_bytes(self.device)
             return FactorBank.load(job["bank"], self.device if fits else "cpu")
 
@@ -300,6 +319,8 @@ class Workbench:
 
     def _unload(self, what: str) -> None:
         held = self._loaded.pop(what, None)
+        if what == "ahead" and held is not None:
+            held[1].drop()
         if what == "trials":
             self._trial = None  # a pruned one would hold the evaluation
             if held is not None:
