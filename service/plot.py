@@ -1,4 +1,4 @@
-"""Perplexity against trial as a picture; the only file that draws."""
+"""What was found as pictures, perplexity against trial and the front of a job; the only file that draws."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.search.spec import budget_label
+from ranksearch.service.front import ROWS, Excess, front, text_of
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
@@ -49,3 +50,35 @@ def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> No
     axes.legend(
         frameon=False, fontsize="small", ncols=5, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1
     )
+
+
+def plot_front(report: dict[str, Any], path: Path) -> None:
+    """Draw what every budget costs over the dense model, a line each for uniform, prior and the checkpoints.
+
+    Args:
+        report: A job's, of one or more budgets; without intervals, as older ones are, it gets no bars.
+        path: Where to; the ending says the format, such as svg, png or pdf.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    points = front(report)
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for row, colour, mark in zip(ROWS, ("gray", COLOURS[0], COLOURS[1]), "sDo", strict=True):
+        drawn = [(point.kept, point.excess[row]) for point in points if row in point.excess]
+        kept, excess = [k for k, _ in drawn], [e for _, e in drawn]
+        bars = [[_length(e, end) for e in excess] for end in (0, 1)]
+        axes.errorbar(kept, [e.mean for e in excess], yerr=bars, fmt=f"{mark}-", color=colour, capsize=3, label=row)
+    axes.set_xlabel("kept")
+    axes.set_ylabel(f"excess on {text_of(report)}, nats per token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _length(excess: Excess, end: int) -> float:
+    """Of the bar from the mean to the lower or upper end."""
+    return abs(excess.interval[end] - excess.mean) if excess.interval else 0.0

@@ -50,6 +50,7 @@ def finish(
         spectra=ground.spectra,
         facts=ground.target_facts,
         scores=proof["scores"],
+        against=proof["against"],
         parameters=proof["parameters"],
         bytes=proof["bytes"],
         speed=proof["speed"],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
+from ranksearch.search.errors import InvalidInput
 from ranksearch.search.spec import budget_label
 from ranksearch.service.cli import options
 from ranksearch.service.cli.jobs import JobId
@@ -18,18 +20,32 @@ from ranksearch.service.client import Client
 from ranksearch.service.download import choose
 from ranksearch.service.download import fetch as fetch_files
 from ranksearch.service.figures import size
-from ranksearch.service.summary import budget_line, print_estimate, refine_line, score_table
+from ranksearch.service.plot import plot_front
+from ranksearch.service.summary import budget_line, front_table, print_estimate, refine_line, score_table
+
+_PICTURES: Final = (".svg", ".png", ".pdf")
 
 Budget = Annotated[float | None, typer.Option("--kept", help="Which budget.")]
 
 
-def report(job: JobId, as_json: options.AsJson = False) -> None:
+def report(
+    job: JobId,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the front: svg, png or pdf by its ending.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
     """Print the proof.
 
-    Scores of dense, uniform, prior, best and final; sizes; speed before and after.
+    Scores of dense, uniform, prior, best and final; sizes; speed before and after; of several budgets the front.
     """
+    if plot is not None:
+        _check_picture(plot)
     with Client() as client:
         document = client.report(job)
+    if plot is not None:
+        plot_front(document, plot)
+        say(f"front drawn: {plot}")
     if as_json:
         print_json(document)
         return
@@ -39,6 +55,23 @@ def report(job: JobId, as_json: options.AsJson = False) -> None:
         console.print(Text(budget_line(budget)))
         for step in budget.get("refine") or ():
             console.print(Text(f"  {refine_line(step, document['spec']['search']['objective'])}"))
+    if len(document["budgets"]) > 1:
+        console.print()
+        console.print(front_table(document))
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse what cannot be drawn before anything is asked for.
+
+    Raises:
+        InvalidInput: The ending names no format, the folder is not there, or nothing here can draw.
+    """
+    if path.suffix not in _PICTURES:
+        raise InvalidInput(f"--plot {path}: the file's ending says the format; take one of {', '.join(_PICTURES)}.")
+    if not path.parent.is_dir():
+        raise InvalidInput(f"--plot {path}: there is no folder {path.parent}.")
+    if find_spec("matplotlib") is None:
+        raise InvalidInput("--plot needs matplotlib: pip install matplotlib")
 
 
 def fetch(
