@@ -97,7 +97,9 @@ def arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def real_problems(args: argparse.Namespace, budgets: Sequence[float]) -> Iterator[dict[float, Callable[[int], Problem]]]:
+def real_problems(
+    args: argparse.Namespace, budgets: Sequence[float]
+) -> Iterator[dict[float, Callable[[int], Problem]]]:
     model, tokenizer = load_model(args.model, device=args.device)
     targets, length = find_targets(model), args.sequence_length
     space = RankSpace(targets=targets, form=args.form)
@@ -110,7 +112,10 @@ def real_problems(args: argparse.Namespace, budgets: Sequence[float]) -> Iterato
     train = cut(ids["train"], length)
     calibration = calibrate(model, targets, train[chosen], gradients=True)
     bank = build_bank(model, targets, calibration, metric="two_sided", full=args.form == "pivoted")
-    texts = {"evaluation": Evaluation(model, train[following]), "test": Evaluation(model, cut(ids["test"], length)[:512])}
+    texts = {
+        "evaluation": Evaluation(model, train[following]),
+        "test": Evaluation(model, cut(ids["test"], length)[:512]),
+    }
     known: dict[tuple[str, str], float] = {}
 
     with PrefixModel(model, bank, targets) as prefix:
@@ -218,7 +223,9 @@ def show_race(runs: Sequence[dict[str, Any]]) -> None:
     print(f"\nevaluations to the mean score of {YARDSTICK} after {YARDSTICK_TRIALS}, {mark:.4f}, for each seed:")
     for sampler in dict.fromkeys(r["sampler"] for r in runs):
         reached = [
-            next((str(n) for n, s in enumerate(r["curve"], 1) if s <= mark), "-") for r in runs if r["sampler"] == sampler
+            next((str(n) for n, s in enumerate(r["curve"], 1) if s <= mark), "-")
+            for r in runs
+            if r["sampler"] == sampler
         ]
         print(f"{sampler}: {' '.join(reached)}")
 

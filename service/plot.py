@@ -1,21 +1,37 @@
-"""Searches as pictures: the trials of a job, and the progress of several methods."""
+"""What was found as pictures: the trials of a job, the progress of several methods, and the front of a job."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ranksearch.search.errors import InvalidInput
 from ranksearch.search.spec import budget_label
+from ranksearch.service.front import ROWS, Excess, front, text_of
 
+PICTURES = (".svg", ".png", ".pdf")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 MORE_COLOURS = (*COLOURS, "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#393b79", "#637939")
 
 #: Method -> for each of its runs the best score after each evaluation, not a number before the first.
 Curves = Mapping[str, Sequence[Sequence[float]]]
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a file that could not be drawn, before hours are spent on what it shows.
+
+    Raises:
+        InvalidInput: The ending names no format, the folder is not there, or matplotlib is missing.
+    """
+    if path.suffix not in PICTURES or not path.absolute().parent.is_dir():
+        raise InvalidInput(f"--plot {path}: name a file in an existing folder that ends in {', '.join(PICTURES)}")
+    if find_spec("matplotlib") is None:
+        raise InvalidInput("--plot draws with matplotlib, which is missing here: pip install matplotlib")
 
 
 def plot_search(report: dict[str, Any], path: Path) -> None:
@@ -94,3 +110,30 @@ def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> No
     axes.legend(
         frameon=False, fontsize="small", ncols=5, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1
     )
+
+
+def plot_front(report: dict[str, Any], path: Path) -> None:
+    """Draw what every budget costs over the dense model, a line each for uniform, prior and the checkpoints.
+
+    Args:
+        report: A job's, of one or more budgets; without intervals, as older ones are, it gets no bars.
+        path: Where to; the ending says the format, such as svg, png or pdf.
+    """
+    points = front(report)
+    figure = _figure(7.0, 4.2)
+    axes = figure.add_subplot()
+    for row, colour, mark in zip(ROWS, ("gray", COLOURS[0], COLOURS[1]), "sDo", strict=True):
+        drawn = [(point.kept, point.excess[row]) for point in points if row in point.excess]
+        kept, excess = [k for k, _ in drawn], [e for _, e in drawn]
+        bars = [[_length(e, end) for e in excess] for end in (0, 1)]
+        axes.errorbar(kept, [e.mean for e in excess], yerr=bars, fmt=f"{mark}-", color=colour, capsize=3, label=row)
+    axes.set_xlabel("kept")
+    axes.set_ylabel(f"excess on {text_of(report)}, nats per token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _length(excess: Excess, end: int) -> float:
+    """Of the bar from the mean to the lower or upper end."""
+    return abs(excess.interval[end] - excess.mean) if excess.interval else 0.0

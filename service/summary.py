@@ -11,6 +11,7 @@ from rich.text import Text
 from ranksearch.search.spec import budget_label
 from ranksearch.search.steps import outcome_of
 from ranksearch.service.figures import count, duration, number, size
+from ranksearch.service.front import Excess, front, text_of
 
 ROWS: Final = ("dense", "uniform", "prior", "best", "final")
 
@@ -40,6 +41,42 @@ def score_table(report: dict[str, Any]) -> Table:
             kept = "1" if row == "dense" else budget_label(budget["kept"])
             grid.add_row(kept, row, *figures, style="bold" if row == "final" else "")
     return grid
+
+
+def front_table(report: dict[str, Any]) -> Table:
+    """One line per budget, the largest first; a checkpoint that is larger and worse than another is marked."""
+    points = front(report)
+    dominated = {point.kept: by for point in points if (by := point.dominated_by(points)) is not None}
+    grid = _grid("kept")
+    headings = ("parameters", "on disk", "dense", "uniform", "prior", "final", "excess, nats/token", "KL", "decode")
+    for heading in headings:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    if dominated:
+        grid.add_column("", no_wrap=True)
+    for point in points:
+        perplexities = [number(perplexity) for perplexity in point.perplexity.values()]
+        mark = f"dominated by {budget_label(by.kept)}" if (by := dominated.get(point.kept)) else ""
+        grid.add_row(
+            budget_label(point.kept),
+            count(point.parameters),
+            size(point.disk),
+            *perplexities,
+            _excess(point.excess.get("final")),
+            number(point.kl, 4),
+            number(point.decode, 0),
+            *([mark] if dominated else []),
+            style="dim" if mark else "",
+        )
+    grid.title = Text(f"front on {text_of(report)}: perplexity, excess with its 95% interval, KL, decode tokens/s")
+    grid.title_justify, grid.title_style = "left", "bold"
+    return grid
+
+
+def _excess(excess: Excess | None) -> str:
+    if excess is None:
+        return "-"
+    ends = f" [{', '.join(number(end, 4) for end in excess.interval)}]" if excess.interval else ""
+    return number(excess.mean, 4) + ends
 
 
 def budget_line(budget: dict[str, Any]) -> str:

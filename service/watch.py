@@ -43,6 +43,7 @@ class Progress:
         self.budgets = {budget_label(kept): Budget() for kept in spec["budget"]["kept"]}
         self.stage: str | None = None
         self._stage_began: datetime | None = None
+        self._stage_kept: float | None = None
 
     def tell(self, event: Event, time_: datetime | None = None) -> str | None:
         describe = getattr(self, f"_on_{event.kind.replace('.', '_')}", None)
@@ -64,6 +65,7 @@ class Progress:
     def _on_stage(self, data: JSON, time_: datetime | None) -> str | None:
         left = self._left(time_)
         self.stage, self._stage_began = data["stage"], time_
+        self._stage_kept = data.get("kept")
         return left
 
     def _left(self, time_: datetime | None) -> str | None:
@@ -71,7 +73,12 @@ class Progress:
         if self.stage is None:
             return None
         took = (time_ - self._stage_began).total_seconds() if time_ and self._stage_began else None
-        extra = f"  ({self.finished_trials} trials)" if self.stage == "search" else ""
+        kept, trials = self._stage_kept, self.finished_trials
+        if kept is not None:
+            trials = self._budget({"kept": kept}).finished
+        extra = f"  ({trials} trials)" if self.stage == "search" else ""
+        if kept is not None and len(self.budgets) > 1:
+            extra += f"  kept {budget_label(kept)}"
         return f"{self.stage:<10} {duration(took)}{extra}"
 
     def _on_best(self, data: JSON, _time: datetime | None) -> None:

@@ -50,6 +50,7 @@ def finish(
         spectra=ground.spectra,
         facts=ground.target_facts,
         scores=proof["scores"],
+        against=proof["against"],
         parameters=proof["parameters"],
         bytes=proof["bytes"],
         speed=proof["speed"],
@@ -61,8 +62,14 @@ def finish(
     return {"files": _store(run, folder)}
 
 
-def publish(run: RunningJob, finished: Mapping[float, Facts]) -> dict[str, Any]:
-    """Show checkpoints and report, and end the job."""
+def publish(run: RunningJob, finished: Mapping[float, Facts], failed: Mapping[float, Facts]) -> dict[str, Any]:
+    """Show checkpoints and report, and end the job, which has failed if one of its budgets has.
+
+    Args:
+        run: The job.
+        finished: Budget -> facts of its finish stage; at least one.
+        failed: Budget -> the error it ended with.
+    """
     worker, report = run.worker, None
     for kept, facts in finished.items():
         files = [CheckpointFile(**file) for file in facts["files"]]
@@ -75,8 +82,19 @@ def publish(run: RunningJob, finished: Mapping[float, Facts]) -> dict[str, Any]:
         report = own if report is None else {**report, "budgets": [*report["budgets"], budget]}
     assert report is not None
     worker.jobs.save_report(run.id, report)
-    run.keep(worker.jobs.succeed(run.id, worker=worker.identity))
+    if failed:
+        run.keep(worker.jobs.fail(run.id, _error(failed, finished), worker=worker.identity))
+    else:
+        run.keep(worker.jobs.succeed(run.id, worker=worker.identity))
     return {"checkpoints": [budget_label(kept) for kept in finished]}
+
+
+def _error(failed: Mapping[float, Facts], finished: Mapping[float, Facts]) -> dict[str, Any]:
+    """The first budget's error, saying which others failed and what there is all the same."""
+    lost, there = (", ".join(map(budget_label, budgets)) for budgets in (failed, finished))
+    error = next(iter(failed.values()))
+    said = f"kept {lost} failed: {error['message']} Report and checkpoints are there for kept {there}."
+    return {**error, "message": said}
 
 
 def _refine(run: RunningJob, ranks: dict[str, int], kept: float) -> dict[str, Any] | None:

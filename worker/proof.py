@@ -16,6 +16,7 @@ from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TEST, TRAINING
 from ranksearch.worker.checkpoint import Pairs, as_report, dense_sizes, export
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.models import auto_class, load_model
+from ranksearch.worker.paired import difference
 from ranksearch.worker.plain import as_loaded
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.refine import Refined
@@ -23,6 +24,7 @@ from ranksearch.worker.speed import measure
 from ranksearch.worker.targets import find_targets
 
 Vectors = Mapping[str, Mapping[str, int]]
+Rows = dict[str, dict[str, Scores]]  # row -> text -> scores
 
 
 def prove(
@@ -59,15 +61,16 @@ def prove(
         progress: Told the fraction done.
 
     Returns:
-        `scores` (row -> `evaluation` and `test`), `parameters`, `bytes`, `speed` before and after, and the head of the
-        original model's README as `card`, and the name of the class that loads the checkpoint as `auto_class`.
+        `scores` (row -> `evaluation` and `test`), what `final` gains `against` other rows, `parameters`, `bytes`,
+        `speed` before and after, the head of the original model's README as `card`, and the name of the class that
+        loads the checkpoint as `auto_class`.
     """
     targets, settings = find_targets(model), spec.export
     read = [name for name in blocks if name not in (CALIBRATION, TRAINING)]
     texts = {name: Evaluation(model, blocks[name], scratch=folder.parent) for name in read}
     progress(0.2)
     bank = take_bank()
-    rows = {"dense": {name: brief(text.dense) for name, text in texts.items()}, **_compare(model, bank, texts, vectors)}
+    rows = {"dense": {name: text.dense for name, text in texts.items()}, **_compare(model, bank, texts, vectors)}
     progress(0.6)
     pairs = refined.pair if refined else bank.pair
     written = export(
@@ -85,14 +88,15 @@ def prove(
     del bank, pairs
     progress(0.7)
     final, _ = load_model(folder, device=device, trust_remote_code=spec.model.trust_remote_code)
-    rows["final"] = {name: brief(text.score(final)) for name, text in texts.items()}
+    rows["final"] = {name: text.score(final) for name, text in texts.items()}
     progress(0.9)
     seconds = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 3.0)
     with as_loaded(model):
         before = measure(model, device, seconds=seconds)
     after = measure(final, device, seconds=seconds)
     return {
-        "scores": {row: _by_text(scores) for row, scores in rows.items()},
+        "scores": {row: _by_text(_beside(scores, rows["dense"])) for row, scores in rows.items()},
+        "against": _against(rows),
         **as_report(written, dense_sizes(model, targets, source)),
         "speed": {"device": device_name, "before": before, "after": after},
         "card": _card(source),
@@ -115,17 +119,39 @@ def brief(scores: Scores) -> dict[str, float]:
     return {"perplexity": scores.perplexity, "kl": scores.kl}
 
 
-def _compare(
-    model: Any, bank: FactorBank, texts: Mapping[str, Evaluation], vectors: Vectors
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Row -> text -> scores of each vector, run through the bank."""
-    known: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+def _compare(model: Any, bank: FactorBank, texts: Mapping[str, Evaluation], vectors: Vectors) -> Rows:
+    """Scores of each vector, run through the bank."""
+    known: dict[tuple[int, ...], dict[str, Scores]] = {}
     with PrefixModel(model, bank, find_targets(model)) as prefix:
         for ranks in vectors.values():
             if (vector := tuple(ranks.values())) not in known:
                 prefix.set_ranks(ranks)
-                known[vector] = {name: brief(text.score(model)) for name, text in texts.items()}
+                known[vector] = {name: text.score(model) for name, text in texts.items()}
     return {row: known[tuple(ranks.values())] for row, ranks in vectors.items()}
+
+
+def _beside(scores: Mapping[str, Scores], dense: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
+    """Text -> what is kept of its scores, with `excess`: ln(perplexity / dense perplexity), and its interval."""
+    found = {}
+    for name, score in scores.items():
+        excess, interval = difference(score.nll, dense[name].nll)
+        found[name] = {**brief(score), "excess": excess, "excess_interval": interval}
+    return found
+
+
+def _against(rows: Rows) -> dict[str, dict[str, Any]]:
+    """What `final` gains on `uniform` and `prior` on the first test text, nats per token; empty without such a text.
+
+    Not on the evaluation text: the search chose by it.
+    """
+    text = next((name for name in rows["final"] if name.startswith(TEST)), None)
+    if text is None:
+        return {}
+    found = {}
+    for row in ("uniform", "prior"):
+        gain, interval = difference(rows[row][text].nll, rows["final"][text].nll)
+        found[row] = {"gain": gain, "interval": interval}
+    return found
 
 
 def _by_text(scores: Mapping[str, Any]) -> dict[str, Any]:

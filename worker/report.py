@@ -74,6 +74,7 @@ def build_budget(
     seconds: Mapping[str, float],
     history: Sequence[Mapping[str, Any]],
     refine: Sequence[Mapping[str, Any]] = (),
+    against: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What one budget of a job came to.
 
@@ -92,6 +93,7 @@ def build_budget(
         seconds: Of each stage.
         history: The trials.
         refine: What each step after the search did.
+        against: What `final` gains on other rows.
     """
     document: dict[str, Any] = _plain(
         {
@@ -110,6 +112,7 @@ def build_budget(
                 for target in space.targets
             },
             "scores": {row: scores[row] for row in ROWS if row in scores},
+            "against": against or {},
             "parameters": parameters,
             "bytes": bytes,
             "speed": speed,
@@ -246,12 +249,15 @@ def _scores(budget: Mapping[str, Any]) -> list[str]:
     rows = budget["scores"]
     texts = list(dict.fromkeys(label for row in rows.values() for label in row.get("test", {})))
     columns = ["evaluation", *texts]
-    head = "| | kept | " + " | ".join(f"{_cell(c)}: perplexity | KL" for c in columns) + " |"
-    lines = ["## Quality", "", head, "|---|---|" + "---:|" * (2 * len(columns))]
+    measured = "excess" in (rows.get("final", {}).get("evaluation") or {})
+    figures = ("perplexity", "KL", "excess") if measured else ("perplexity", "KL")
+    head = " | ".join(f"{_cell(column)}: {' | '.join(figures)}" for column in columns)
+    lines = ["## Quality", "", f"| | kept | {head} |", "|---|---|" + "---:|" * (len(figures) * len(columns))]
     for row, scores in rows.items():
         found = [scores.get("evaluation") or {}, *((scores.get("test") or {}).get(text) or {} for text in texts)]
-        figures = " | ".join(f"{_number(f.get('perplexity'), 3)} | {_number(f.get('kl'), 4)}" for f in found)
-        lines.append(f"| {row} | {'1' if row == 'dense' else budget_label(budget['kept'])} | {figures} |")
+        cells = [cell for each in found for cell in _figures(each, row)[: len(figures)]]
+        kept = "1" if row == "dense" else budget_label(budget["kept"])
+        lines.append(f"| {row} | {kept} | {' | '.join(cells)} |")
     return [
         *lines,
         "",
@@ -259,8 +265,23 @@ def _scores(budget: Mapping[str, Any]) -> list[str]:
         "allocation that the search starts from; *best* is what the search found; *final* is this checkpoint, read "
         "back from its files. KL is the mean divergence from the dense model per token, in nats. The evaluation text "
         "drove the search; the other texts were read once, at the end.",
+        *([_EXCESS] if measured else []),
         "",
     ]
+
+
+_EXCESS = (
+    "Excess is ln(perplexity / dense perplexity), in nats per token; in brackets its 95% interval, from the paired "
+    "differences of the sequences' losses."
+)
+
+
+def _figures(scores: Mapping[str, Any], row: str) -> tuple[str, str, str]:
+    """Perplexity, KL and excess; that of the checkpoint with its interval."""
+    excess, interval = _number(scores.get("excess"), 4), scores.get("excess_interval")
+    if row == "final" and interval:
+        excess += f" [{', '.join(_number(end, 4) for end in interval)}]"
+    return _number(scores.get("perplexity"), 3), _number(scores.get("kl"), 4), excess
 
 
 def _sizes(budget: Mapping[str, Any]) -> list[str]:

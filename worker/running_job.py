@@ -105,28 +105,43 @@ class RunningJob:
         self.known: dict[str, str] = {}  # from earlier stages, see `known_of`
         self.folder = work_folder(worker.settings, worker.identity) / job.id
         self.source = ""  # of the model, once a stage has found all paths good
+        self.trial_seconds: list[float] = []  # of all budgets so far
+        self._place, self._parts = 0, 1  # of the budget among those that pass through the stage
+        self._entered = (0.0, 0)  # when, and with which budget, this worker entered the stage
         self._looked = self._told = 0.0
 
-    def enter(self, stage: Stage) -> None:
-        """Begin a stage.
+    def enter(self, stage: Stage, kept: float | None = None) -> None:
+        """Begin a stage, or one budget's part of it.
 
         Raises:
             PathNotAllowed: The spec names a path that this worker may not read.
             UnsafeModel: The model needs its own code, and the server forbids that.
         """
         self.check(now=True)
+        budgets = self.spec.budget.kept
+        self._place, self._parts = (0, 1) if kept is None else (budgets.index(kept), len(budgets))
+        if stage != self.stage:
+            self._entered = (time.monotonic(), self._place)
         self.stage = stage
-        self.keep(self.worker.jobs.set_stage(self.id, stage, worker=self.worker.identity))
+        facts = {} if kept is None else {"kept": kept}
+        self.keep(self.worker.jobs.set_stage(self.id, stage, worker=self.worker.identity, **facts))
         self.progress(0.0, now=True)
         self.source = self._allowed_source()
 
     def progress(self, fraction: float, eta_seconds: float | None = None, *, now: bool = False) -> None:
-        """Say how much of the stage is done."""
+        """Say how much of the stage, or of the budget's part of it, is done.
+
+        The time left, unless it is given, follows from the budgets that are through with the stage.
+        """
         if now or time.monotonic() - self._told >= TELL_SECONDS:
             self._told = time.monotonic()
             low, high = SHARES[self.stage]
-            done = low + (high - low) * fraction
-            self.keep(self.worker.jobs.set_progress(self.id, done, eta_seconds, worker=self.worker.identity))
+            done = self._place + fraction
+            share, eta = low + (high - low) * done / self._parts, eta_seconds
+            begun, first = self._entered
+            if eta is None and self._place > first:
+                eta = (time.monotonic() - begun) / (done - first) * (self._parts - done)
+            self.keep(self.worker.jobs.set_progress(self.id, share, eta, worker=self.worker.identity))
 
     def tell(self, kind: str, **data: Any) -> None:
         """Append an event."""

@@ -100,6 +100,7 @@ class _Search:
             else:
                 self._tell(proposal, scores, time.monotonic() - begun)
             self._seconds.append(time.monotonic() - begun)
+            run.trial_seconds.append(self._seconds[-1])
             self._announce(proposal.number)
         run.worker.trial = None
 
@@ -153,12 +154,12 @@ class _Search:
 
     def _say_progress(self) -> None:
         trials, done = self._spec.trials, self._study.finished
-        fraction = (self._index + min(1.0, done / trials)) / self._budgets
         left = max(0, trials - done) + trials * (self._budgets - 1 - self._index)
-        eta = left * sum(self._seconds[-20:]) / len(self._seconds[-20:]) if self._seconds else None
+        recent = (self._run.trial_seconds or self._seconds)[-20:]  # before its own first trial, those of other budgets
+        eta = left * sum(recent) / len(recent) if recent else None
         if eta is not None and self._spec.timeout_seconds is not None:
             eta = min(eta, self._spec.timeout_seconds * (self._budgets - self._index))
-        self._run.progress(fraction, eta, now=True)
+        self._run.progress(min(1.0, done / trials), eta, now=True)
 
     def _out_of_time(self) -> bool:
         """Whether the study's time is used up; prior and uniform, which the report compares with, always run.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,17 @@ log = logging.getLogger("ranksearch.worker.job")
 _DATABASE_FAILURES = (OperationalError, InterfaceError, StorageInternalError)
 
 
-class _Over(Exception):  # a way out of the middle of a workflow, not an error
-    """The job has ended before its last stage."""
+class _Cancelled(Exception):  # a way out of the middle of a workflow, not an error
+    """The job was cancelled in a stage."""
+
+
+class _Failed(Exception):
+    """A stage failed; `error` is what it recorded."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        """Take it up on its way to the job."""
+        super().__init__(error["message"])
+        self.error = error
 
 
 class JobWorkflow:
@@ -73,9 +82,11 @@ class JobWorkflow:
         log.info("job %s begins", job.id, extra={"job": job.id})
         try:
             self._stages(run)
-            log.info("job %s has succeeded", job.id, extra={"job": job.id})
-        except _Over:
-            pass
+            log.info("job %s is done", job.id, extra={"job": job.id})
+        except _Failed as failure:
+            worker.jobs.fail(job.id, failure.error, worker=worker.identity)
+        except _Cancelled:
+            worker.jobs.cancelled(job.id, worker=worker.identity)
         finally:
             run.put_away()
             worker.job_id = worker.trial = None
@@ -98,16 +109,30 @@ class JobWorkflow:
         calibrated = self._step(run, "calibrate", lambda: stages.calibrate(run, prepared), prepared)
         factored = self._step(run, "factor", lambda: stages.factor(run, prepared, calibrated), prepared, calibrated)
         facts = (prepared, calibrated, factored)
-        budgets = run.spec.budget.kept
-        searched = {
-            kept: self._step(run, "search", partial(_search, run, prepared, kept), *facts, kept=kept)
-            for kept in budgets
-        }
-        finished = {
-            kept: self._step(run, "finish", partial(_finish, run, facts, searched[kept], kept), *facts, kept=kept)
-            for kept in budgets
-        }
-        self._step(run, "publish", lambda: _publish(run, finished))
+        failed: dict[float, dict[str, Any]] = {}
+        searched = self._each(run, "search", run.spec.budget.kept, partial(_search, run, prepared), facts, failed)
+        finished = self._each(run, "finish", searched, partial(_finish, run, facts, searched), facts, failed)
+        if not finished:
+            raise _Failed(next(iter(failed.values())))
+        self._step(run, "publish", lambda: _publish(run, finished, failed))
+
+    def _each(
+        self,
+        run: RunningJob,
+        stage: Stage,
+        budgets: Iterable[float],
+        do: Callable[[float], dict[str, Any]],
+        facts: Sequence[Mapping[str, Any]],
+        failed: dict[float, dict[str, Any]],
+    ) -> dict[float, dict[str, Any]]:
+        """Run a stage for each budget; one that fails goes to `failed`, and the others go on."""
+        done = {}
+        for kept in budgets:
+            try:
+                done[kept] = self._step(run, stage, partial(do, kept), *facts, kept=kept)
+            except _Failed as failure:
+                failed[kept] = failure.error
+        return done
 
     def _step(
         self,
@@ -120,24 +145,24 @@ class JobWorkflow:
         """Run a stage once; its recorded facts when it has run before.
 
         Raises:
-            _Over: The stage failed or was cancelled, and the job has been told.
+            _Failed: The stage failed.
+            _Cancelled: The job is to end here.
         """
         name = stage if kept is None else f"{stage}/{budget_label(kept)}"
         run.known = stages.known_of(run.worker.artifacts.path, *facts)
-        outcome: dict[str, Any] = DBOS.run_step({"name": name}, lambda: self._outcome(run, stage, do))
-        jobs, me = run.worker.jobs, run.worker.identity
+        outcome: dict[str, Any] = DBOS.run_step({"name": name}, lambda: self._outcome(run, stage, do, kept))
         if "error" in outcome:
-            jobs.fail(run.id, outcome["error"], worker=me)
-            raise _Over
+            raise _Failed(outcome["error"])
         if "cancelled" in outcome:
-            jobs.cancelled(run.id, worker=me)
-            raise _Over
+            raise _Cancelled
         return outcome
 
-    def _outcome(self, run: RunningJob, stage: Stage, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _outcome(
+        self, run: RunningJob, stage: Stage, do: Callable[[], dict[str, Any]], kept: float | None = None
+    ) -> dict[str, Any]:
         begun = time.monotonic()
         try:
-            run.enter(stage)
+            run.enter(stage, kept)
             return {**do(), "seconds": round(time.monotonic() - begun, 3)}
         except JobCancelled:
             log.info("job %s is cancelled", run.id, extra={"job": run.id})
@@ -158,6 +183,9 @@ class JobWorkflow:
                 known = RanksearchError(f"Stage {stage} failed: {type(error).__name__}: {error}")
             else:
                 log.warning("job %s failed in stage %s: %s", run.id, stage, known.message, extra={"job": run.id})
+            if kept is not None and len(run.spec.budget.kept) > 1:
+                told = {"message": f"kept {budget_label(kept)} failed: {known.message} The other budgets go on."}
+                run.worker.jobs.add_event(run.id, "warning", told, worker=run.worker.identity)
             return {"error": {"code": known.code, "message": known.message, "data": known.data, "stage": stage}}
 
 
@@ -168,16 +196,18 @@ def _search(run: RunningJob, prepared: Mapping[str, Any], kept: float) -> dict[s
 
 
 def _finish(
-    run: RunningJob, facts: Sequence[Mapping[str, Any]], searched: Mapping[str, Any], kept: float
+    run: RunningJob, facts: Sequence[Mapping[str, Any]], searched: Mapping[float, Mapping[str, Any]], kept: float
 ) -> dict[str, Any]:
     from ranksearch.worker.finish import finish
 
-    stages_so_far = zip(("prepare", "calibrate", "factor", "search"), (*facts, searched), strict=True)
+    stages_so_far = zip(("prepare", "calibrate", "factor", "search"), (*facts, searched[kept]), strict=True)
     seconds = {stage: part["seconds"] for stage, part in stages_so_far}
-    return finish(run, stages.Ground.of(run, facts[0]), facts[0], searched, kept, seconds)
+    return finish(run, stages.Ground.of(run, facts[0]), facts[0], searched[kept], kept, seconds)
 
 
-def _publish(run: RunningJob, finished: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
+def _publish(
+    run: RunningJob, finished: Mapping[float, Mapping[str, Any]], failed: Mapping[float, Mapping[str, Any]]
+) -> dict[str, Any]:
     from ranksearch.worker.finish import publish
 
-    return publish(run, finished)
+    return publish(run, finished, failed)

@@ -96,6 +96,7 @@ _add(
     "Results",
     files.report,
     "ranksearch report job_1a2b3c4d5e6f",
+    "ranksearch report job_1a2b3c4d5e6f --plot front.svg",
     "ranksearch report job_1a2b3c4d5e6f --json > report.json",
     "ranksearch report job_1a2b3c4d5e6f --heatmap ranks.svg",
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,9 +18,8 @@ from ranksearch.service.cli.output import INTERRUPTED, JOB_FAILED, err, out, pri
 from ranksearch.service.client import JSON, Client
 from ranksearch.service.compare import FORMS, PRESETS, STEPS, Contender, Row, best_so_far, contenders, name_of, rows_of
 from ranksearch.service.figures import duration, number
+from ranksearch.service.plot import check_picture, plot_methods
 from ranksearch.service.watch_all import follow_all
-
-PICTURES: Final = (".svg", ".png", ".pdf")
 
 Methods = Annotated[
     str | None,
@@ -63,7 +61,8 @@ def compare(
 
     A metric or sampler that belongs to a preset takes the place of the spec's. Ctrl-C cancels nothing.
     """
-    _check_plot(plot)
+    if plot is not None:
+        check_picture(plot)
     with Client() as client:
         if earlier is not None:
             if spec or methods or kept or seeds:
@@ -107,16 +106,6 @@ def _list(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
     if not found or len(set(found)) < len(found):
         raise InvalidInput(f"{option} {text}: name at least one, and each of them once")
     return found
-
-
-def _check_plot(plot: Path | None) -> None:
-    """What would only be noticed hours later."""
-    if plot is None:
-        return
-    if plot.suffix not in PICTURES or not plot.absolute().parent.is_dir():
-        raise InvalidInput(f"--plot {plot}: name a file in an existing folder that ends in {', '.join(PICTURES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidInput("--plot draws with matplotlib, which is missing here: pip install matplotlib")
 
 
 def _submit(client: Client, found: Sequence[Contender]) -> dict[str, str]:
@@ -201,7 +190,6 @@ def _spread(values: Sequence[float | None], digits: int = 3) -> str:
 
 
 def _plot(found: Sequence[tuple[str, JSON]], path: Path) -> None:
-    from ranksearch.service.plot import plot_methods
 
     if not found:
         return

@@ -20,7 +20,8 @@ from ranksearch.service.download import choose
 from ranksearch.service.download import fetch as fetch_files
 from ranksearch.service.figures import size
 from ranksearch.service.heatmap import heatmap, report_panels
-from ranksearch.service.summary import budget_line, print_estimate, refine_line, score_table
+from ranksearch.service.plot import check_picture, plot_front
+from ranksearch.service.summary import budget_line, front_table, print_estimate, refine_line, score_table
 
 Budget = Annotated[float | None, typer.Option("--kept", help="Which budget.")]
 
@@ -31,16 +32,24 @@ def report(
         Path | None,
         typer.Option("--heatmap", metavar="FILE.svg", help="Draw what each matrix keeps, layer by type."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the front: svg, png or pdf by its ending.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Print the proof.
 
-    Scores of dense, uniform, prior, best and final; sizes; speed before and after.
+    Scores of dense, uniform, prior, best and final; sizes; speed before and after; of several budgets the front.
     """
+    if plot is not None:
+        check_picture(plot)
     with Client() as client:
         document = client.report(job)
     if picture is not None:
         _draw(document, picture)
+    if plot is not None:
+        plot_front(document, plot)
+        say(f"front drawn: {plot}")
     if as_json:
         print_json(document)
         return
@@ -50,6 +59,9 @@ def report(
         console.print(Text(budget_line(budget)))
         for step in budget.get("refine") or ():
             console.print(Text(f"  {refine_line(step, document['spec']['search']['objective'])}"))
+    if len(document["budgets"]) > 1:
+        console.print()
+        console.print(front_table(document))
 
 
 def _draw(document: dict[str, Any], path: Path) -> None:

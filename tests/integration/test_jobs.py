@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -61,6 +62,15 @@ def test_the_report_is_the_checkpoints_own(worker: Machine, done: str) -> None:
         best = worker.jobs.get(done).best[checkpoint.kept]["score"]
         assert scores["best"]["evaluation"]["perplexity"] == pytest.approx(best, rel=1e-12)
         assert budget["parameters"]["targets"] <= budget["kept"] * budget["parameters"]["targets_dense"]
+        assert scores["dense"]["evaluation"]["excess_interval"] == [0, 0]
+        final, dense = scores["final"]["test"]["text.txt"], scores["dense"]["test"]["text.txt"]
+        low, high = final["excess_interval"]
+        assert low < final["excess"] < high
+        assert final["excess"] == pytest.approx(math.log(final["perplexity"] / dense["perplexity"]))
+        for row in ("uniform", "prior"):
+            other, against = scores[row]["test"]["text.txt"], budget["against"][row]
+            assert against["gain"] == pytest.approx(other["excess"] - final["excess"], abs=1e-12)
+            assert against["interval"][0] <= against["gain"] <= against["interval"][1]
         assert set(budget["seconds"]) == {"prepare", "calibrate", "factor", "search", "finish"}
         file = next(file for file in checkpoint.files if file.path == "ranksearch.json")
         own = json.loads(worker.artifacts.path(file.sha256).read_text())
@@ -229,3 +239,25 @@ def test_a_device_process_that_dies_again_and_again_fails_the_job(worker: Machin
     assert job.error is not None
     assert job.error["code"] == "device_died"
     assert worker.processes["one"].poll() is None
+
+
+@on_sqlite
+def test_a_budget_that_fails_does_not_cost_the_others_theirs(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(kept=[0.5, 0.3], trials=12))
+    worker.wait_for_trials(job_id, 1)
+
+    def kill_until_told() -> str | None:
+        if (device := worker.device_of("one")) is not None:
+            device.kill()
+        told = (event.data["message"] for event in worker.events(job_id, "warning"))
+        return next((message for message in told if "The other budgets go on" in message), None)
+
+    assert worker.wait(kill_until_told, 60, "the end of the first budget").startswith("kept 0.5 failed: ")
+    job = worker.finished(job_id)
+    assert (job.status, job.error and job.error["code"]) == ("failed", "device_died")
+    assert job.error is not None
+    assert job.error["message"].endswith("Report and checkpoints are there for kept 0.3.")
+    assert [checkpoint.kept for checkpoint in worker.checkpoints.of(job_id)] == ["0.3"]
+    report = worker.jobs.report(job_id)
+    assert report is not None
+    assert [budget["kept"] for budget in report["budgets"]] == [0.3]

@@ -363,6 +363,22 @@ def test_a_report_without_steps_after_the_search_has_no_line_of_them(run: Run, r
     assert "sequential" not in run("report", running).stdout
 
 
+def test_a_report_of_several_budgets_ends_with_their_front(run: Run, running: str, jobs: Jobs, tmp_path: Path) -> None:
+    (budget,) = REPORT["budgets"]
+    jobs.save_report(running, REPORT)
+    assert "front on" not in run("report", running).stdout
+    report = {**REPORT, "budgets": [budget, {**budget, "kept": 0.25}]}  # older than intervals
+    jobs.save_report(running, report)
+    picture = tmp_path / "front.png"
+    result = run("report", running, "--plot", picture)
+    assert "front on t: " in result.stdout
+    assert result.stdout.splitlines()[-1].split()[0] == "0.25"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(run("report", running, "--json").stdout) == report
+    refused = run("report", running, "--plot", "front.txt")
+    assert (refused.exit_code, ".svg, .png, .pdf" in refused.stderr) == (2, True)
+
+
 @pytest.fixture
 def published(running: str, jobs: Jobs, settings: Settings, tmp_path: Path) -> dict[str, bytes]:
     """Files of a checkpoint of the running job."""

@@ -144,6 +144,19 @@ def test_the_card_shows_the_reports_figures(report: dict[str, Any]) -> None:
     assert "license" not in card.split("---")[1]
 
 
+def test_the_card_shows_how_sure_the_excess_of_the_checkpoint_is(report: dict[str, Any]) -> None:
+    assert "xcess" not in model_card(report)  # a report older than that
+    for row, scores_of in report["budgets"][0]["scores"].items():
+        for text, excess in ((scores_of["evaluation"], 0.223), (scores_of["test"]["test.txt"], 0.205)):
+            text |= {"excess": excess, "excess_interval": None if row == "best" else [excess - 0.01, excess + 0.01]}
+    card = model_card(report)
+    assert "| evaluation: perplexity | KL | excess | test.txt: perplexity | KL | excess |" in card
+    final = "12.500 | 0.2500 | 0.2230 [0.2130, 0.2330] | 13.500 | 0.2500 | 0.2050 [0.1950, 0.2150] |"
+    assert f"| final | 0.7 | {final}" in card
+    assert "| prior | 0.7 | 13.000 | 0.3000 | 0.2230 | 14.000 | 0.3000 | 0.2050 |" in card
+    assert "95% interval" in card
+
+
 def test_the_card_of_a_searched_checkpoint_speaks_of_the_search_alone(report: dict[str, Any]) -> None:
     card = model_card(report)
     assert "How much each matrix keeps was found by a Bayesian search.\n" in card

@@ -34,8 +34,9 @@ def worker(settings: Settings) -> Iterator[WorkerState]:
     engine.dispose()
 
 
-def begun(worker: WorkerState, source: str) -> RunningJob:
-    job = worker.jobs.create(JobSpec.model_validate({"model": {"source": source}, "budget": {"kept": [0.5]}}))
+def begun(worker: WorkerState, source: str, *kept: float) -> RunningJob:
+    spec = {"model": {"source": source}, "budget": {"kept": kept or [0.5]}}
+    job = worker.jobs.create(JobSpec.model_validate(spec))
     worker.jobs.set_running(job.id, worker.identity)
     return RunningJob(worker, job)
 
@@ -71,3 +72,21 @@ def test_a_stage_looks_once_at_the_paths_it_may_read(worker: WorkerState, allowe
     assert run.context()["source"] == str(model)  # asked for every part of every trial
     with pytest.raises(PathNotAllowed, match=r"tokenizer\.json"):
         run.enter("calibrate")
+
+
+@pytest.mark.one_database
+def test_the_progress_of_several_budgets_never_goes_back(worker: WorkerState) -> None:
+    run, seen = begun(worker, "someone/some-model", 0.8, 0.6, 0.4), []
+    for stage in ("search", "finish"):
+        for kept in run.spec.budget.kept:
+            run.enter(stage, kept)
+            for fraction in (0.0, 0.5, 1.0):
+                run.progress(fraction, now=True)
+                seen.append(worker.jobs.get(run.id))
+    progress = [job.progress for job in seen]
+    assert progress == sorted(progress)
+    assert [progress[0], progress[9], progress[-1]] == pytest.approx([0.25, 0.85, 0.99])
+    assert [job.eta_seconds is None for job in seen] == [True] * 3 + [False] * 6 + [True] * 3 + [False] * 6
+    assert seen[-1].eta_seconds == 0
+    told = [event.data for event in worker.jobs.events(run.id) if event.kind == "stage"]
+    assert [data["kept"] for data in told] == [0.8, 0.6, 0.4] * 2
