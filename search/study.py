@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
+from ranksearch.search.presets import PRESETS
+from ranksearch.search.published import closed_form
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search
 from ranksearch.search.trials import RESULT, SPACE, row, space_of, study_name, trials_of
@@ -45,7 +47,7 @@ class Proposal:
     Attributes:
         number: Trial number in the study.
         ranks: `(targets,)`.
-        origin: `prior`, `uniform` or `search`.
+        origin: `prior`, `uniform`, `search`, `probe`, or the name of the preset whose rule gave it.
     """
 
     number: int
@@ -75,6 +77,8 @@ class RankStudy:
         dense_score: float,
         siblings: Sequence[float] = (),
         model: str = "",
+        preset: str = "ranksearch",
+        similarity: Mapping[str, float] | None = None,
     ) -> None:
         """Open the study, or create it.
 
@@ -88,11 +92,16 @@ class RankStudy:
             dense_score: Score of the dense model on the evaluation set: its perplexity, or 0 for objective `kl`.
             siblings: Other budgets of the same job whose trials inform this search.
             model: Where the model comes from, for the dashboard.
+            preset: The method that chooses, a key of `PRESETS`.
+            similarity: Target name -> mean cosine between the hidden states before and after its sublayer, for the
+                preset that asks for it.
 
         Raises:
             ImpossibleBudget: No vector meets the budget.
         """
         space.check_budget(kept)
+        self._preset_name, self._preset = preset, PRESETS[preset]
+        self._spectra, self._similarity = spectra, similarity or {}
         self.kept, self.space, self.spec, self.dense_score = kept, space, spec, dense_score
         self.allocator = Allocator(space, spectra)
         self.coordinates = Coordinates(space.targets)
@@ -116,6 +125,16 @@ class RankStudy:
                 self._pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05)
 
     @property
+    def planned(self) -> int:
+        """How many trials there will be, unless the space runs out of vectors."""
+        return 1 if self._preset.ranks == "closed form" else self.spec.trials
+
+    @property
+    def required(self) -> int:
+        """How many of them are run in any case, whatever time they take."""
+        return min(self.planned, len(self._firsts())) if self._preset.ranks == "search" else self.planned
+
+    @property
     def finished(self) -> int:
         """How many trials are complete, pruned or failed."""
         return sum(trial.state.is_finished() for trial in self._trials())
@@ -133,14 +152,18 @@ class RankStudy:
     def ask(self) -> Proposal | None:
         """The next vector to evaluate; None when all trials are given out or no new vector exists.
 
-        Trials 0 and 1 are the prior and uniform. A trial that another process left RUNNING comes first.
+        A search starts from the prior and uniform, a published one from uniform. A trial that another process left
+        RUNNING comes before anything new.
+
+        Raises:
+            InvalidInput: The preset lacks what it chooses by.
         """
         trials = self._trials()
         for trial in trials:
             if trial.state == TrialState.RUNNING and trial.number not in self._offered:
                 self._offered.add(trial.number)
                 return self._proposal(trial)
-        if len(trials) >= self.spec.trials:
+        if len(trials) >= self.planned:
             return None
         ranks, origin = self._propose(trials)
         if ranks is None:
@@ -184,7 +207,7 @@ class RankStudy:
 
         Returns:
             Whether to stop: the trial is worse than the best one over the chunks both have (Wilcoxon's signed-rank
-            test). The prior and uniform always run to the end.
+            test). Only vectors of a search are stopped.
         """
         trial = self._storage.get_trial(self._trial_id(number))
         if trial.state.is_finished():
@@ -197,11 +220,12 @@ class RankStudy:
             return self._pruner.prune(self._study, self._storage.get_trial(trial._trial_id))
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Ranks | None, str]:
-        seen = {trial.user_attrs.get(RANKS) for trial in trials}
-        firsts = ((self.allocator.prior, "prior"), (lambda kept: uniform(self.space, kept), "uniform"))
+        if self._preset.ranks == "closed form":
+            return self._closed_form(), self._preset_name
+        seen, firsts = {trial.user_attrs.get(RANKS) for trial in trials}, self._firsts()
         if len(trials) < len(firsts):
-            make, origin = firsts[len(trials)]
-            ranks = make(self.kept)
+            origin = list(firsts)[len(trials)]
+            ranks = firsts[origin]()
             if self.space.pack(ranks) not in seen:
                 return ranks, origin
         if self.spec.sampler == "ranksearch":
@@ -209,6 +233,14 @@ class RankStudy:
         else:
             ranks = self.allocator.waterfill(self.kept, self._tilted(trials))
         return self._unseen(ranks, seen, len(trials)), "search"
+
+    def _firsts(self) -> dict[str, Callable[[], Ranks]]:
+        """What a search starts from, by origin."""
+        prior = {"prior": lambda: self.allocator.prior(self.kept)} if self._preset.needs_prior else {}
+        return {**prior, "uniform": lambda: uniform(self.space, self.kept)}
+
+    def _closed_form(self) -> Ranks:
+        return closed_form(self._preset_name, self.allocator, self.kept, self._spectra, self._similarity)
 
     def _unseen(self, ranks: Ranks, seen: set[Any], number: int) -> Ranks | None:
         """The vector, or one nearby that no trial has; None when an ever wider search finds none."""

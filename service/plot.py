@@ -6,6 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ranksearch.search.presets import PROBE
 from ranksearch.search.spec import budget_label
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
@@ -28,7 +29,8 @@ def plot_search(report: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> None:
-    trials = [t for t in budget["history"] if t.get("score") is not None and t["state"] == "COMPLETE"]
+    complete = [t for t in budget["history"] if t.get("score") is not None and t["state"] == "COMPLETE"]
+    trials = [t for t in complete if t["origin"] != PROBE]
     numbers, scores = [t["number"] for t in trials], [t["score"] for t in trials]
     axes.plot(numbers, scores, "o", color=colour, alpha=0.55, markersize=4.5, label="trial")
     axes.step(numbers, list(accumulate(scores, min)), where="post", color=colour, linewidth=1.8, label="best so far")
