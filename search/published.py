@@ -148,8 +148,8 @@ def sublayer_budgets(space: RankSpace, kept: float, members: Ranks, similarity: 
     """
     if missing := [t.name for t in space.targets if t.name not in similarity]:
         raise InvalidInput(
-            f"Preset mgaa needs the similarity of each sublayer, and the factor bank has none for {missing[0]}; delete "
-            "this bank, which an older version made.",
+            f"Preset mgaa needs the similarity of each sublayer, and the factor bank, perhaps of an older version, "
+            f"has none for {missing[0]}; take another calibration.seed, which makes a new one.",
             target=missing[0],
         )
     changes = np.array([max(1.0 - similarity[t.name], _LEAST) for t in space.targets])
