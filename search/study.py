@@ -109,9 +109,9 @@ class RankStudy:
         self.kept, self.space, self.spec, self.dense_score = kept, space, spec, dense_score
         self.allocator = Allocator(space, spectra)
         self.coordinates = Coordinates(space.targets)
-        self._baseline = (
-            None if spec.sampler == "ranksearch" else baseline(spec.sampler, self.allocator, kept, spec.seed)
-        )
+        sampler = self._preset.sampler or spec.sampler
+        other = self._preset.ranks == "search" and sampler != "ranksearch"
+        self._baseline = baseline(sampler, self.allocator, kept, spec.seed) if other else None
         self._storage = optuna.storages.get_storage(storage)
         nearest = sorted(siblings, key=lambda other: abs(other - kept))
         self._siblings = [study_name(job_id, other) for other in nearest if other != kept]
