@@ -106,21 +106,29 @@ class Ground:
 
     def search(self, form: str, kept: float) -> Ranks:
         """The best of some trials of the sampler, by perplexity on the evaluation blocks."""
-        bank, text = self.bank("two_sided"), Evaluation(self.model, self.blocks[EVALUATION])
+        bank = self.bank("two_sided")
+        with PrefixModel(self.model, bank, self.targets) as prefix:
+            return self.best(prefix, bank, self.spaces[form], kept, "ranksearch", self.args.trials)
+
+    def best(
+        self, prefix: PrefixModel, bank: FactorBank, space: RankSpace, kept: float, preset: str, trials: int
+    ) -> Ranks:
+        """The best trial of a preset, by perplexity on the evaluation blocks."""
+        text = Evaluation(self.model, self.blocks[EVALUATION])
         study = RankStudy(
             storage=optuna.storages.InMemoryStorage(),
             job_id="ablation",
             kept=kept,
-            space=self.spaces[form],
+            space=space,
             spectra=bank.spectra,
-            spec=Search(trials=self.args.trials, pruner="none", seed=self.seed),
+            spec=Search(trials=trials, pruner="none", seed=self.seed),
             dense_score=text.dense.perplexity,
+            preset=preset,
         )
-        with PrefixModel(self.model, bank, self.targets) as prefix:
-            while (proposal := study.ask()) is not None:
-                prefix.set_ranks(self.spaces[form].as_dict(proposal.ranks))
-                score = text.score(self.model).perplexity
-                study.tell(proposal.number, score=score, scores={"perplexity": score}, seconds=0.0, worker="here")
+        while (proposal := study.ask()) is not None:
+            prefix.set_ranks(space.as_dict(proposal.ranks))
+            score = text.score(self.model).perplexity
+            study.tell(proposal.number, score=score, scores={"perplexity": score}, seconds=0.0, worker="here")
         assert study.best is not None
         return study.best.ranks
 
@@ -153,45 +161,9 @@ class Shifted(PrefixModel):
 def bolaco(ground: Ground, prefix: Shifted, kept: float) -> Ranks:
     """Bolaco's search: a Gaussian process over one share per matrix type, q and k together and v dense, all layers
     alike. The published code draws until the budget is met within a tenth; here a common factor meets it exactly."""
-    space = ground.spaces["factored"]
-    text = Evaluation(ground.model, ground.blocks[EVALUATION])
-    kinds = sorted({_bolaco_kind(t.kind) for t in ground.targets} - {"dense"})
-    study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=ground.seed, n_startup_trials=3))
-    best: tuple[float, Ranks] | None = None
-    for _ in range(BOLACO_TRIALS):
-        trial = study.ask()
-        shares = {kind: trial.suggest_float(kind, 0.2, 1.0) for kind in kinds}
-        ranks = _scaled(space, kept - ground.biases / space.parameters, shares)
-        prefix.set_ranks(space.as_dict(ranks))
-        score = text.score(ground.model).perplexity
-        study.tell(trial, score)
-        if best is None or score < best[0]:
-            best = score, ranks
-    assert best is not None
-    return best[1]
-
-
-def _bolaco_kind(kind: str) -> str:
-    name = kind.rpartition(".")[2]
-    return {"q_proj": "qk", "k_proj": "qk", "v_proj": "dense"}.get(name, kind)
-
-
-def _scaled(space: RankSpace, kept: float, shares: Mapping[str, float]) -> Ranks:
-    """Ranks at `scale * share` of each matrix' parameters, the scale such that the budget is met from below."""
-
-    def at(scale: float) -> Ranks:
-        ranks = space.full_ranks.copy()
-        for index, target in enumerate(space.targets):
-            kind = _bolaco_kind(target.kind)
-            if kind != "dense" and scale * shares[kind] < 1:
-                ranks[index] = max(1, int(scale * shares[kind] * target.parameters / target.marginal))
-        return ranks
-
-    low, high = 0.0, 5.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if space.cost(at(middle)) <= space.budget(kept) else (low, middle)
-    return at(low)
+    space, bank = ground.spaces["factored"], ground.bank("feature")  # the search itself looks at no spectrum
+    less = kept - ground.biases / space.parameters
+    return ground.best(prefix, bank, space, less, "bolaco", BOLACO_TRIALS)
 
 
 def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[int]]]:

@@ -115,17 +115,28 @@ class Allocator:
         rows, pins = np.arange(targets), np.full(targets, -1)
         ranks, jump = self._fill_hull(kept, z, rows, pins)
         if jump is None:
-            return self._fill(kept, z, ranks)
+            return self.fill(ranks, kept, z)
         target, landing = jump
         stepwise, landed = rows.copy(), pins.copy()
         stepwise[target] += targets
         landed[target] = landing
         candidates = [
-            self._fill(kept, z, self._stretch(kept, ranks, target)),
+            self.fill(self._stretch(kept, ranks, target), kept, z),
             self._follow(kept, z, stepwise, pins),
             self._follow(kept, z, rows, landed),
         ]
         return min((c for c in candidates if c is not None), key=lambda c: self.loss(c, z))
+
+    def fill(self, ranks: Ranks, kept: float, log_weights: Floats | None = None) -> Ranks:
+        """Use what is left of the budget one allowed rank at a time, the largest value per parameter first.
+
+        Args:
+            ranks: A feasible vector.
+            kept: The budget.
+            log_weights: z, `(d,)`; zero when omitted.
+        """
+        z = 0.0 if log_weights is None else log_weights
+        return fill(self.space, ranks, kept, lambda r: z + self._log_density(r, self.space.next_ranks(r)))
 
     def tilts(self, ranks: Ranks) -> Floats:
         """Log weights z with mean zero under which water-filling gives back these ranks, up to rounding; `(d,)`.
@@ -173,7 +184,7 @@ class Allocator:
                 break
             rows = rows.copy()
             rows[jump[0]] += targets
-        return self._fill(kept, z, ranks)
+        return self.fill(ranks, kept, z)
 
     def _fill_hull(self, kept: float, z: Floats, rows: Ranks, pins: Ranks) -> tuple[Ranks, tuple[int, int] | None]:
         """All segments above the smallest lambda that fits.
@@ -222,10 +233,6 @@ class Allocator:
         ranks = ranks.copy()
         ranks[target] = levels[np.searchsorted(self.space.costs_of(target, levels), room, side="right") - 1]
         return ranks
-
-    def _fill(self, kept: float, z: Floats, ranks: Ranks) -> Ranks:
-        """Use what is left one allowed rank at a time, the largest value per parameter first."""
-        return fill(self.space, ranks, kept, lambda r: z + self._log_density(r, self.space.next_ranks(r)))
 
     def _log_density(self, ranks: Ranks, following: Ranks) -> Floats:
         """Log of loss saved / parameters spent between two vectors, per target; `(d,)`."""

@@ -109,7 +109,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         packed = {trial.user_attrs.get(RANKS) for trial in trials}
         if not any(t.group == 0 for t in told):
             return self._blind(rng, packed)
-        with _one_thread():
+        with one_thread():
             return self._learned(trials, told, packed, number)
 
     def _learned(self, trials: Sequence[FrozenTrial], told: list[_Told], taken: set[Any], number: int) -> Ranks:
@@ -245,7 +245,7 @@ def _excesses(trials: Sequence[FrozenTrial], objective: str, dense_score: float)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Small matrices gain nothing from more threads, and sums come out in the same order on every machine size."""
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
     torch.set_num_threads(1)

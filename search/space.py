@@ -198,6 +198,20 @@ class RankSpace:
         lower = np.where(ranks > self.top_ranks, self.top_ranks, ranks - self.rank_multiple)
         return np.where(ranks <= self.low_ranks, self.low_ranks, lower)
 
+    def at_costs(self, costs: Floats) -> Ranks:
+        """The largest allowed ranks that cost at most so many parameters each, or the smallest ones; `(targets,)`.
+
+        That is costs / (m + n) for form `factored`, and the smaller root of r (m + n - r) = costs for `pivoted`.
+        """
+        per_rank = self.marginals.astype(np.float64)
+        if self.form == "pivoted":
+            per_rank = (per_rank + np.sqrt(np.maximum(per_rank**2 - 4 * costs, 0.0))) / 2
+        ranks = np.floor(costs / (per_rank * self.rank_multiple)).astype(np.int64) * self.rank_multiple
+        ranks = np.clip(ranks, self.low_ranks, self.top_ranks)
+        # dense comes after the largest rank, and a root is not exact to the last digit
+        following = self.next_ranks(ranks)
+        return np.where(self.costs(following) <= costs, following, ranks)
+
     def as_dict(self, ranks: Ranks) -> dict[str, int]:
         """Target name -> rank."""
         return {target.name: int(rank) for target, rank in zip(self.targets, ranks, strict=True)}
@@ -257,12 +271,16 @@ def fill(space: RankSpace, ranks: Ranks, kept: float, value: Callable[[Ranks], F
         left -= int(steps[chosen])
 
 
-def uniform(space: RankSpace, kept: float) -> Ranks:
-    """The same kept for every target that is free, with the budget used exactly from below.
+def proportional(space: RankSpace, kept: float, shares: Floats) -> Ranks:
+    """Targets at `level * shares` of their parameters each, dense from 1 on, with the budget used exactly from below.
 
-    The common level u is the highest one for which the vector of the largest ranks that cost no more than u m n each
-    (in multiples, at least the smallest rank) fits; what is left then raises the targets that were rounded down most.
-    The rank is u m n / (m + n) for form `factored`, and the smaller root of r (m + n - r) = u m n for `pivoted`.
+    The level is the highest one at which the vector of the largest ranks that cost no more fits; what is left then
+    raises the targets that were rounded down most.
+
+    Args:
+        space: The rank space.
+        kept: The budget.
+        shares: `(targets,)`, above zero; a common factor changes nothing.
 
     Raises:
         ImpossibleBudget: No vector meets the budget.
@@ -271,16 +289,19 @@ def uniform(space: RankSpace, kept: float) -> Ranks:
     budget = space.budget(kept)
     if space.parameters <= budget:
         return space.full_ranks.copy()
-
-    def at(level: float) -> Ranks:
-        spent, per_rank = level * space.dense_costs, space.marginals.astype(np.float64)
-        if space.form == "pivoted":
-            per_rank = (per_rank + np.sqrt(np.maximum(per_rank**2 - 4 * spent, 0.0))) / 2
-        ranks = np.floor(spent / (per_rank * space.rank_multiple)).astype(np.int64) * space.rank_multiple
-        return np.clip(ranks, space.low_ranks, space.top_ranks)
-
-    low, high = 0.0, 1.0
+    wanted = shares * space.dense_costs
+    low, high = 0.0, float(1 / shares.min())
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if space.cost(at(middle)) <= budget else (low, middle)
-    return fill(space, at(low), kept, lambda ranks: -space.costs(space.next_ranks(ranks)) / space.dense_costs)
+        low, high = (middle, high) if space.cost(space.at_costs(middle * wanted)) <= budget else (low, middle)
+    ranks = space.at_costs(low * wanted)
+    return fill(space, ranks, kept, lambda ranks: -space.costs(space.next_ranks(ranks)) / wanted)
+
+
+def uniform(space: RankSpace, kept: float) -> Ranks:
+    """The same kept for every target that is free, with the budget used exactly from below; see `proportional`.
+
+    Raises:
+        ImpossibleBudget: No vector meets the budget.
+    """
+    return proportional(space, kept, np.ones(len(space.targets)))

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from ranksearch.search.presets import PRESETS, UNREFINED
 from ranksearch.search.targets import Form
 
 
@@ -101,11 +110,26 @@ class Budget(_Part):
 class Method(_Part):
     """How a rank becomes a matrix."""
 
-    preset: Literal["ranksearch", "soco"] = Field(
+    preset: Literal[
         "ranksearch",
-        description="`soco`: learned scores choose the components in place of the search; few trials are enough.",
+        "soco",
+        "uniform",
+        "svd-llm",
+        "fwsvd",
+        "mgaa",
+        "d-rank",
+        "grasp",
+        "asvd",
+        "dp-knapsack",
+        "evolutionary",
+        "bolaco",
+        "bolaco-20",
+    ] = Field(
+        "ranksearch",
+        description="How ranks are chosen; the names of published methods bring their own metric and sampler. "
+        "`soco`: learned scores choose the components in place of the search; few trials are enough.",
     )
-    metric: Literal["weight", "feature", "two_sided"] = "two_sided"
+    metric: Literal["weight", "feature", "two_sided", "centred", "activation", "fisher", "attribution"] = "two_sided"
     form: Form = Field(
         "factored",
         description="How a compressed target is stored: `factored` as two thin matrices, `pivoted` as some of its rows "
@@ -119,9 +143,21 @@ class Method(_Part):
         "compressed model feeds it, `distill` trains the factors, `soco` chooses components by learned scores.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_metric(cls, data: Any) -> Any:
+        preset = PRESETS.get(str(data.get("preset"))) if isinstance(data, dict) else None
+        return {"metric": preset.metric, **data} if preset and preset.metric else data
+
     @model_validator(mode="after")
     def _sensible(self) -> Method:
-        steps = self.steps
+        steps, own = self.steps, PRESETS[self.preset].metric
+        if own is not None and self.metric != own:
+            raise ValueError(f"preset {self.preset} works in metric {own}; leave method.metric out")
+        if steps and self.metric in UNREFINED:
+            raise ValueError(
+                f"{steps[0]} cannot work in metric {self.metric}; name feature or two_sided, or do without it"
+            )
         if len(set(steps)) != len(steps):
             raise ValueError("each step of refine may be named once")
         if "soco" in steps[1:]:
@@ -149,8 +185,23 @@ class Method(_Part):
 class Search(_Part):
     """How rank vectors are proposed."""
 
-    trials: Annotated[int, Field(ge=1, le=10_000)] = 60
-    sampler: Literal["ranksearch", "random", "tpe", "gp"] = "ranksearch"
+    trials: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        60,
+        description="Per budget. Presets that choose by a formula take one trial, and `asvd` and `dp-knapsack` one for "
+        "each target and share and one more, whatever this says.",
+    )
+    sampler: Literal[
+        "ranksearch",
+        "random",
+        "tpe",
+        "gp",
+        "cmaes",
+        "turbo",
+        "evolutionary",
+        "swaps",
+        "bolaco",
+        "bolaco-20",
+    ] = Field("ranksearch", description="A published preset that searches brings its own; others do not use it.")
     objective: Literal["perplexity", "kl"] = "perplexity"
     pruner: Literal["wilcoxon", "none"] = "wilcoxon"
     parallelism: Annotated[int, Field(ge=1, le=256)] = 1
@@ -183,9 +234,22 @@ class JobSpec(_Part):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     budget: Budget
     method: Method = Field(default_factory=Method)
-    search: Search = Field(default_factory=Search)
+    search: Search = Field(default_factory=Search, validate_default=True)
     export: Export = Field(default_factory=Export)
     webhook: None = Field(None, description="Not available yet.")
+
+    @field_validator("search")
+    @classmethod
+    def _own_sampler(cls, search: Search, info: ValidationInfo) -> Search:
+        if "method" not in info.data:  # it was refused
+            return search
+        preset = info.data["method"].preset
+        own = PRESETS[preset].sampler
+        if own is None or search.sampler == own:
+            return search
+        if "sampler" in search.model_fields_set:
+            raise ValueError(f"preset {preset} searches with sampler {own}; leave search.sampler out")
+        return search.model_copy(update={"sampler": own})
 
 
 def budget_label(kept: float) -> str:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,17 +25,23 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.allocate import Allocator
+from ranksearch.search.baselines import baseline
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
+from ranksearch.search.draw import ATTEMPTS, POINT, Draw, stable, taken
+from ranksearch.search.presets import PRESETS, PROBE
+from ranksearch.search.probes import Probes, planned_trials
+from ranksearch.search.published import closed_form
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search
-from ranksearch.search.trials import RESULT, SPACE, picture_attribute, row, space_of, study_name, trials_of
+from ranksearch.search.trials import RESULT, SPACE, best_trial, picture_attribute, row, space_of, study_name, trials_of
 
 if TYPE_CHECKING:
     from ranksearch.search.sampler import RankSampler
 
 __all__ = ["Proposal", "RankStudy", "space_of", "study_name", "trials_of"]
 
-_ATTEMPTS = 24
+CONSTRAINTS = "constraints"
+"""Optuna's system attribute of a trial with its constraints, which are met up to zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class Proposal:
     Attributes:
         number: Trial number in the study.
         ranks: `(targets,)`.
-        origin: `prior`, `uniform` or `search`.
+        origin: `prior`, `uniform`, `search`, `probe`, or the name of the preset whose rule gave it.
     """
 
     number: int
@@ -75,6 +81,8 @@ class RankStudy:
         dense_score: float,
         siblings: Sequence[float] = (),
         model: str = "",
+        preset: str = "ranksearch",
+        similarity: Mapping[str, float] | None = None,
     ) -> None:
         """Open the study, or create it.
 
@@ -88,14 +96,22 @@ class RankStudy:
             dense_score: Score of the dense model on the evaluation set: its perplexity, or 0 for objective `kl`.
             siblings: Other budgets of the same job whose trials inform this search.
             model: Where the model comes from, for the dashboard.
+            preset: The method that chooses, a key of `PRESETS`.
+            similarity: Target name -> mean cosine between the hidden states before and after its sublayer, for the
+                preset that asks for it.
 
         Raises:
             ImpossibleBudget: No vector meets the budget.
         """
         space.check_budget(kept)
+        self._preset_name, self._preset = preset, PRESETS[preset]
+        self._spectra, self._similarity = spectra, similarity or {}
         self.kept, self.space, self.spec, self.dense_score = kept, space, spec, dense_score
         self.allocator = Allocator(space, spectra)
         self.coordinates = Coordinates(space.targets)
+        sampler = self._preset.sampler or spec.sampler
+        other = self._preset.ranks == "search" and sampler != "ranksearch"
+        self._baseline = baseline(sampler, self.allocator, kept, spec.seed) if other else None
         self._storage = optuna.storages.get_storage(storage)
         nearest = sorted(siblings, key=lambda other: abs(other - kept))
         self._siblings = [study_name(job_id, other) for other in nearest if other != kept]
@@ -112,8 +128,18 @@ class RankStudy:
         self._describe(job_id, model)
         self._pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if spec.pruner == "wilcoxon":
-            with _stable():
+            with stable():
                 self._pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05)
+
+    @cached_property
+    def planned(self) -> int:
+        """How many trials there will be, unless the space runs out of vectors."""
+        return planned_trials(self._preset_name, self.spec.trials, self.space, self.kept)
+
+    @property
+    def required(self) -> int:
+        """How many of them are run in any case, whatever time they take."""
+        return min(self.planned, len(self._firsts())) if self._preset.ranks == "search" else self.planned
 
     @property
     def finished(self) -> int:
@@ -122,9 +148,9 @@ class RankStudy:
 
     @property
     def best(self) -> Proposal | None:
-        """The complete trial with the smallest score, the first one on ties; None before the first."""
-        complete = [t for t in self._trials() if t.state == TrialState.COMPLETE]
-        return self._proposal(min(complete, key=lambda t: (t.value, t.number))) if complete else None
+        """The complete trial with the smallest score, the first one on ties; None before the first. Never a probe."""
+        best = best_trial(self._storage, self._study_id)
+        return self._proposal(best) if best is not None else None
 
     def history(self) -> list[dict[str, Any]]:
         """The trials as rows; see `trials_of`."""
@@ -133,22 +159,26 @@ class RankStudy:
     def ask(self) -> Proposal | None:
         """The next vector to evaluate; None when all trials are given out or no new vector exists.
 
-        Trials 0 and 1 are the prior and uniform. A trial that another process left RUNNING comes first.
+        A search starts from the prior and uniform, a published one from uniform. A trial that another process left
+        RUNNING comes before anything new.
+
+        Raises:
+            InvalidInput: The preset lacks what it chooses by.
         """
         trials = self._trials()
         for trial in trials:
             if trial.state == TrialState.RUNNING and trial.number not in self._offered:
                 self._offered.add(trial.number)
                 return self._proposal(trial)
-        if len(trials) >= self.spec.trials:
+        if len(trials) >= self.planned:
             return None
-        ranks, origin = self._propose(trials)
-        if ranks is None:
+        drawn, origin = self._propose(trials)
+        if drawn is None:
             return None
-        trial_id = self._storage.create_new_trial(self._study_id, template_trial=self._template(ranks, origin))
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=self._template(drawn, origin))
         number = self._storage.get_trial(trial_id).number
         self._offered.add(number)
-        return Proposal(number=number, ranks=ranks, origin=origin)
+        return Proposal(number=number, ranks=drawn.ranks, origin=origin)
 
     def tell(self, number: int, *, score: float, scores: Mapping[str, float], seconds: float, worker: str) -> None:
         """Finish a trial. Telling a finished trial again changes nothing.
@@ -184,7 +214,7 @@ class RankStudy:
 
         Returns:
             Whether to stop: the trial is worse than the best one over the chunks both have (Wilcoxon's signed-rank
-            test). The prior and uniform always run to the end.
+            test). Only vectors of a search are stopped.
         """
         trial = self._storage.get_trial(self._trial_id(number))
         if trial.state.is_finished():
@@ -196,43 +226,56 @@ class RankStudy:
             warnings.simplefilter("ignore")
             return self._pruner.prune(self._study, self._storage.get_trial(trial._trial_id))
 
-    def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Ranks | None, str]:
-        seen = {trial.user_attrs.get(RANKS) for trial in trials}
-        firsts = ((self.allocator.prior, "prior"), (lambda kept: uniform(self.space, kept), "uniform"))
+    def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Draw | None, str]:
+        if self._preset.ranks == "closed form":
+            return Draw(ranks=self._closed_form()), self._preset_name
+        if self._preset.ranks == "probes":
+            return self._probed(trials)
+        seen, firsts = taken(trials), self._firsts()
         if len(trials) < len(firsts):
-            make, origin = firsts[len(trials)]
-            ranks = make(self.kept)
+            origin = list(firsts)[len(trials)]
+            ranks = firsts[origin]()
             if self.space.pack(ranks) not in seen:
-                return ranks, origin
-        if self.spec.sampler == "ranksearch":
-            ranks = self._rank_sampler().propose(trials, len(trials))
+                return Draw(ranks=ranks), origin
+        if self._baseline is None:
+            drawn = Draw(ranks=self._rank_sampler().propose(trials, len(trials)))
         else:
-            ranks = self.allocator.waterfill(self.kept, self._tilted(trials))
-        return self._unseen(ranks, seen, len(trials)), "search"
+            drawn = self._baseline.propose(trials, len(trials))
+        return self._unseen(drawn, seen, len(trials)), "search"
 
-    def _unseen(self, ranks: Ranks, seen: set[Any], number: int) -> Ranks | None:
+    def _probed(self, trials: Sequence[FrozenTrial]) -> tuple[Draw, str]:
+        probes = self._probes
+        if len(trials) < len(probes):
+            return Draw(ranks=probes.vector(len(trials))), PROBE
+        scores = {
+            t.number: t.user_attrs[RESULT]["scores"].get(probes.score, t.value)
+            for t in trials
+            if t.state == TrialState.COMPLETE
+        }
+        return Draw(ranks=probes.choose(self.allocator, scores)), self._preset_name
+
+    @cached_property
+    def _probes(self) -> Probes:
+        return Probes(self._preset_name, self.space, self.kept)
+
+    def _firsts(self) -> dict[str, Callable[[], Ranks]]:
+        """What a search starts from, by origin."""
+        prior = {"prior": lambda: self.allocator.prior(self.kept)} if self._preset.needs_prior else {}
+        return {**prior, "uniform": lambda: uniform(self.space, self.kept)}
+
+    def _closed_form(self) -> Ranks:
+        return closed_form(self._preset_name, self.allocator, self.kept, self._spectra, self._similarity)
+
+    def _unseen(self, drawn: Draw, seen: set[Any], number: int) -> Draw | None:
         """The vector, or one nearby that no trial has; None when an ever wider search finds none."""
         rng = np.random.default_rng([self.spec.seed, number])
-        z = self.allocator.tilts(ranks)
-        for attempt in range(_ATTEMPTS):
-            if self.space.pack(ranks) not in seen:
-                return ranks
+        z = self.allocator.tilts(drawn.ranks)
+        for attempt in range(ATTEMPTS):
+            if self.space.pack(drawn.ranks) not in seen:
+                return drawn
             noise = 0.02 * 1.3**attempt * rng.standard_normal(len(z))
-            ranks = self.allocator.waterfill(self.kept, z + noise)
+            drawn = Draw(ranks=self.allocator.waterfill(self.kept, z + noise))
         return None
-
-    def _tilted(self, trials: Sequence[FrozenTrial]) -> Floats:
-        """Log weights from one of Optuna's own samplers over the named tilts, `(targets,)`.
-
-        It is asked on a copy of the study in memory, which costs no transaction and leaves no trace.
-        """
-        seed = int(np.random.SeedSequence([self.spec.seed, len(trials)]).generate_state(1)[0])
-        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
-        with _stable():
-            sampler = samplers.get(self.spec.sampler, optuna.samplers.GPSampler)(seed=seed)
-        shadow = optuna.create_study(sampler=sampler, direction="minimize")
-        shadow.add_trials(trials)
-        return self.coordinates.log_weights(shadow.ask(self._distributions()).params)
 
     def _rank_sampler(self) -> RankSampler:
         # torch and BoTorch load here, so that reading a study needs neither
@@ -257,19 +300,23 @@ class RankStudy:
             found.append(self._storage.get_all_trials(study_id, deepcopy=False))
         return found
 
-    def _template(self, ranks: Ranks, origin: str) -> FrozenTrial:
+    def _template(self, drawn: Draw, origin: str) -> FrozenTrial:
+        ranks = drawn.ranks
         attributes = {
             RANKS: self.space.pack(ranks),
             "origin": origin,
             "kept": self.space.kept(ranks),
             "dense targets": int(np.sum(ranks == self.space.full_ranks)),
             "predicted loss": self.allocator.loss(ranks),
+            **({} if drawn.point is None else {POINT: drawn.point}),
         }
         return create_trial(
             state=TrialState.RUNNING,
             params=self.coordinates.project(self.allocator.tilts(ranks)),
             distributions=self._distributions(),
             user_attrs=attributes,
+            # a violated constraint keeps a probe, which is off the budget, from being the best one in Optuna's eyes
+            system_attrs={CONSTRAINTS: [float(origin == PROBE)]} if self._preset.ranks == "probes" else None,
         )
 
     def _distributions(self) -> dict[str, BaseDistribution]:
@@ -302,7 +349,7 @@ class RankStudy:
         """What the dashboard shows about the study, and the table that unpacks its vectors; written once."""
         if SPACE in self._storage.get_study_system_attrs(self._study_id):
             return
-        with _stable():
+        with stable():
             self._study.set_metric_names([self.spec.objective])
         facts = {"job": job_id, "model": model, "kept": self.kept, "targets": len(self.space.targets)}
         for key, value in {**facts, "objective": self.spec.objective, "dense score": self.dense_score}.items():
@@ -317,11 +364,3 @@ class RankStudy:
             "form": self.space.form,
         }
         self._storage.set_study_system_attr(self._study_id, SPACE, json.loads(json.dumps(table)))
-
-
-@contextmanager
-def _stable() -> Iterator[None]:
-    """Parts of Optuna that we rely on are marked experimental; users of this project need not hear of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield

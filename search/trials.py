@@ -10,6 +10,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.search.coordinates import RANKS
+from ranksearch.search.presets import PROBE
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import budget_label
 from ranksearch.search.targets import Target
@@ -62,7 +63,7 @@ def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace 
 def best_trial(storage: BaseStorage, study_id: int) -> FrozenTrial | None:
     """The complete trial with the smallest score, the first one on ties; probes are off budget and never the best."""
     trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    scored = [(t.value, t.number, t) for t in trials if t.value is not None and t.user_attrs.get("origin") != "probe"]
+    scored = [(t.value, t.number, t) for t in trials if t.value is not None and t.user_attrs.get("origin") != PROBE]
     return min(scored)[2] if scored else None
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, get_args
 from pydantic import ValidationError
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.search.presets import PROBE
 from ranksearch.search.spec import JobSpec, Method, Step
 from ranksearch.search.targets import Form
 
@@ -173,7 +174,7 @@ def best_so_far(budget: Mapping[str, Any]) -> list[float]:
     for trial in budget["history"]:
         if trial["state"] not in ("COMPLETE", "PRUNED", "FAIL"):
             continue
-        if trial["state"] == "COMPLETE" and trial["origin"] != "probe":
+        if trial["state"] == "COMPLETE" and trial["origin"] != PROBE:
             best = trial["score"] if math.isnan(best) else min(best, trial["score"])
         scores.append(best)
     return scores

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from ranksearch.search.errors import RanksearchError
+from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.search.targets import Target
@@ -219,10 +220,11 @@ def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[
     passes = {"weight": 0, "feature": 2, "two_sided": 6}[spec.method.metric]
     targets = space.targets
     trial = [2 * evaluated * (model - space.parameters + _multiplied(space, kept)) for kept in spec.budget.kept]
+    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in spec.budget.kept]
     operations = {
         "calibrate": tokens * (passes * model + 2 * _moment_numbers(spec, targets)),
         "factor": sum(_SVD_OPERATIONS * t.parameters * t.full_rank for t in targets),
-        "search": spec.search.trials * sum(trial) + 2 * evaluated * model,
+        "search": sum(count * cost for count, cost in zip(trials, trial, strict=True)) + 2 * evaluated * model,
         "finish": (4 * (tested + evaluated) + _refined_tokens(spec, tokens)) * model * len(spec.budget.kept),
     }
     minutes = {stage: round(count / flops / 60, 3) for stage, count in operations.items()}

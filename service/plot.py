@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.search.presets import PROBE
 from ranksearch.search.spec import budget_label
 from ranksearch.service.front import ROWS, Excess, front, text_of
 
@@ -89,7 +90,8 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> None:
-    trials = [t for t in budget["history"] if t.get("score") is not None and t["state"] == "COMPLETE"]
+    complete = [t for t in budget["history"] if t.get("score") is not None and t["state"] == "COMPLETE"]
+    trials = [t for t in complete if t["origin"] != PROBE]
     numbers, scores = [t["number"] for t in trials], [t["score"] for t in trials]
     axes.plot(numbers, scores, "o", color=colour, alpha=0.55, markersize=4.5, label="trial")
     axes.step(numbers, list(accumulate(scores, min)), where="post", color=colour, linewidth=1.8, label="best so far")

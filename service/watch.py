@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.search.presets import PROBE
 from ranksearch.search.spec import budget_label
 from ranksearch.service.client import FINISHED, JSON, Client, Event
 from ranksearch.service.figures import duration, number
@@ -92,11 +93,13 @@ class Progress:
         state = data["state"]
         if score is not None and origin in ("prior", "uniform"):
             budget.scores[origin] = score
-        if score is not None and state == "COMPLETE" and (budget.best is None or score < budget.best):
+        on_budget = state == "COMPLETE" and origin != PROBE
+        if score is not None and on_budget and (budget.best is None or score < budget.best):
             budget.best, budget.best_trial = score, data.get("number")
         kind = f" {origin}" if origin != "search" else ""
         outcome = f"{self.objective} {number(score)}" if state == "COMPLETE" else state.lower()
         best = f", best {number(budget.best)}" if budget.best is not None else ""
+        self.trials = int(data.get("planned") or self.trials)
         done = f"{budget.finished}/{self.trials}"
         return f"trial {done:<7} kept {budget_label(float(data['kept']))}{kind}: {outcome}{best}"
 

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 
 from ranksearch.search.errors import NumericalError
+from ranksearch.search.presets import PROBE
 from ranksearch.search.study import Proposal, RankStudy
 from ranksearch.service.store.database import optuna_storage
 from ranksearch.worker.running_job import RunningJob
@@ -72,6 +73,8 @@ def open_study(
         dense_score=dense["perplexity"] if spec.search.objective == "perplexity" else 0.0,
         siblings=spec.budget.kept,
         model=spec.model.source,
+        preset=spec.method.preset,
+        similarity=ground.similarity,
     )
 
 
@@ -145,15 +148,15 @@ class _Search:
             for key in ("number", "state", "origin", "score", "seconds", "worker", "error")
             if row[key] is not None
         }
-        run.tell("trial", **{"kept": study.kept, **shown, "scores": row["scores"]})
-        complete = [row for row in rows if row["state"] == "COMPLETE"]
+        run.tell("trial", **{"kept": study.kept, "planned": study.planned, **shown, "scores": row["scores"]})
+        complete = [row for row in rows if row["state"] == "COMPLETE" and row["origin"] != PROBE]
         if complete:
             best = min(complete, key=lambda row: (row["score"], row["number"]))
             run.set_best(study.kept, best["score"], best["number"])
         self._say_progress()
 
     def _say_progress(self) -> None:
-        trials, done = self._spec.trials, self._study.finished
+        trials, done = self._study.planned, self._study.finished
         left = max(0, trials - done) + trials * (self._budgets - 1 - self._index)
         recent = (self._run.trial_seconds or self._seconds)[-20:]  # before its own first trial, those of other budgets
         eta = left * sum(recent) / len(recent) if recent else None
@@ -162,12 +165,12 @@ class _Search:
         self._run.progress(min(1.0, done / trials), eta, now=True)
 
     def _out_of_time(self) -> bool:
-        """Whether the study's time is used up; prior and uniform, which the report compares with, always run.
+        """Whether the study's time is used up; the trials that it cannot do without always run.
 
         The time is that of its trials, so it goes on counting where a dead worker left off.
         """
         limit = self._spec.timeout_seconds
-        if limit is None or self._study.finished < 2 or sum(self._seconds) < limit:
+        if limit is None or self._study.finished < self._study.required or sum(self._seconds) < limit:
             return False
         log.info("kept %g: search time of %g s is used up", self._study.kept, limit, extra={"job": self._run.id})
         return True

@@ -99,6 +99,11 @@ class Ground:
             facts: dict[str, dict[str, Any]] = json.loads(file.metadata()["bank"])["facts"]
         return facts
 
+    @property
+    def similarity(self) -> dict[str, float]:
+        """Target -> mean cosine between the hidden states before and after its sublayer, where the bank tells it."""
+        return {name: facts["similarity"] for name, facts in self.target_facts.items() if "similarity" in facts}
+
 
 def known_of(path: Callable[[str], Path], *facts: Facts) -> dict[str, str]:
     """What a device process that takes over must stick to: the model's commit and fingerprint, and files made so far.

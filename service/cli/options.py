@@ -58,7 +58,14 @@ Dense = Annotated[
     ),
 ]
 Trials = Annotated[int | None, typer.Option("--trials", help="Trials per budget.", rich_help_panel=SPEC)]
-Sampler = Annotated[str | None, typer.Option("--sampler", help="ranksearch, random, tpe, gp.", rich_help_panel=SPEC)]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        help="ranksearch, random, tpe, gp, cmaes, turbo, evolutionary, swaps, bolaco, bolaco-20.",
+        rich_help_panel=SPEC,
+    ),
+]
 Objective = Annotated[str | None, typer.Option("--objective", help="perplexity or kl.", rich_help_panel=SPEC)]
 Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the data draw and of the search.", rich_help_panel=SPEC)

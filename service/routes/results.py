@@ -23,7 +23,7 @@ class TrialAnswer(BaseModel):
     budget: float = Field(description="The budget whose study this is.")
     number: int
     state: str = Field(description="Optuna's: RUNNING, WAITING, COMPLETE, PRUNED, FAIL")
-    origin: str | None = Field(description="prior, uniform or search")
+    origin: str | None = Field(description="prior, uniform, search, probe, or a preset whose rule gave the vector")
     kept: float | None = Field(description="Exactly kept.")
     score: float | None
     scores: dict[str, float | None]

@@ -77,6 +77,18 @@ def test_the_report_is_the_checkpoints_own(worker: Machine, done: str) -> None:
         assert own == {**report, "budgets": [budget]}
 
 
+@on_sqlite
+def test_a_preset_that_chooses_by_a_formula_takes_one_trial(worker: Machine, spec: Spec) -> None:
+    job_id = worker.submit(spec(kept=[0.4], method={"preset": "d-rank"}))
+    worker.succeeded(job_id)
+    job, (trial,) = worker.jobs.get(job_id), worker.trials(job_id, 0.4)
+    assert (trial["origin"], job.best["0.4"]["trial"], job.spec["method"]["metric"]) == ("d-rank", 0, "feature")
+    assert [event.data["planned"] for event in worker.events(job_id, "trial")] == [1]
+    report = worker.jobs.report(job_id)
+    assert report is not None
+    assert set(report["budgets"][0]["scores"]) == {"dense", "uniform", "prior", "best", "final"}
+
+
 def test_the_same_calibration_is_not_done_twice(worker: Machine, done: str, spec: Spec) -> None:
     assert not worker.events(done, "calibration.cache_hit")
     job_id = worker.submit(spec(kept=[0.4], trials=2))

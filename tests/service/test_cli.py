@@ -264,6 +264,17 @@ def test_watch_survives_events_it_does_not_know() -> None:
     assert progress.tell(pruned) == "trial 1/2     kept 0.5: pruned"
 
 
+def test_watch_takes_the_number_of_trials_from_them_and_no_probe_for_the_best() -> None:
+    from ranksearch.service.client import Event
+
+    progress = Progress({"search": {"objective": "perplexity", "trials": 60}, "budget": {"kept": [0.5]}})
+    trial = {"kept": 0.5, "planned": 2, "state": "COMPLETE"}
+    probe = Event(id=1, kind="trial", data={**trial, "number": 0, "origin": "probe", "score": 26.0})
+    found = Event(id=2, kind="trial", data={**trial, "number": 1, "origin": "asvd", "score": 30.0})
+    assert progress.tell(probe) == "trial 1/2     kept 0.5 probe: perplexity 26.000"
+    assert progress.tell(found) == "trial 2/2     kept 0.5 asvd: perplexity 30.000, best 30.000"
+
+
 SEQUENTIAL: dict[str, Any] = {"step": "sequential", "strength": 0.75}
 SEQUENTIAL |= {"tried": {"0": 37.63, "0.5": 34.1, "0.75": 33.84, "1": None}}
 DISTILL: dict[str, Any] = {"step": "distill", "tokens": 1_000_000}

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from ranksearch.search.presets import PRESETS, UNREFINED
+from ranksearch.search.spec import JobSpec, Method, Search
+
+BASE = {"model": {"source": "m"}, "budget": {"kept": [0.5]}}
+
+
+def spec(**parts: object) -> JobSpec:
+    return JobSpec.model_validate({**BASE, **parts})
+
+
+def test_the_spec_knows_every_preset_and_the_metrics_and_samplers_they_bring() -> None:
+    choices = {name: get_args(Method.model_fields[name].annotation) for name in ("preset", "metric")}
+    assert set(choices["preset"]) == set(PRESETS)
+    assert {p.metric for p in PRESETS.values()} - {None} <= set(choices["metric"])
+    assert set(UNREFINED) <= set(choices["metric"])
+    samplers = get_args(Search.model_fields["sampler"].annotation)
+    assert {p.sampler for p in PRESETS.values()} - {None} <= set(samplers)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_brings_its_metric_and_sampler_and_its_dump_is_a_spec(name: str) -> None:
+    preset, found = PRESETS[name], spec(method={"preset": name})
+    assert found.method.metric == (preset.metric or "two_sided")
+    assert found.search.sampler == (preset.sampler or "ranksearch")
+    assert JobSpec.model_validate(found.model_dump(mode="json")) == found
+    assert JobSpec.model_validate(found.model_dump(mode="json")).model_dump() == found.model_dump()
+
+
+def test_another_metric_or_sampler_than_the_preset_s_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"preset svd-llm works in metric feature; leave method\.metric out"):
+        spec(method={"preset": "svd-llm", "metric": "two_sided"})
+    with pytest.raises(ValidationError, match=r"searches with sampler bolaco; leave search\.sampler out"):
+        spec(method={"preset": "bolaco"}, search={"sampler": "tpe"})
+    assert spec(method={"preset": "bolaco"}, search={"trials": 7}).search == Search(trials=7, sampler="bolaco")
+    assert spec(method={"preset": "uniform", "metric": "weight"}, search={"sampler": "tpe"}).method.metric == "weight"
+
+
+@pytest.mark.parametrize("metric", UNREFINED)
+def test_factors_that_no_step_can_work_with_are_not_refined(metric: str) -> None:
+    with pytest.raises(ValidationError, match=f"sequential cannot work in metric {metric}"):
+        spec(method={"metric": metric, "refine": ["sequential"]})
+    assert spec(method={"preset": "mgaa", "refine": ["sequential"]}).method.steps == ("sequential",)
