@@ -105,7 +105,7 @@ class Method(_Part):
         "ranksearch",
         description="`soco`: learned scores choose the components in place of the search; few trials are enough.",
     )
-    metric: Literal["weight", "feature", "two_sided"] = "two_sided"
+    metric: Literal["weight", "feature", "two_sided", "centred", "activation", "fisher", "attribution"] = "two_sided"
     form: Form = Field(
         "factored",
         description="How a compressed target is stored: `factored` as two thin matrices, `pivoted` as some of its rows "

@@ -8,6 +8,7 @@ Per target, in the metric of its covariances [IOSVD2026]_:
 up to a scale per component that gives the two vectors equal norms, so that any storage dtype is safe. `left_r
 right_r` is the best rank-r matrix in the norm |G^(1/2) (.) C^(1/2)|_F and its squared error is the sum of the dropped
 S^2: twice the predicted increase of the loss, in nats per token, comparable over all targets (metric `two_sided`).
+`worker/metrics.py` says what C and G are in each metric, and which one orders components otherwise.
 
 .. [IOSVD2026] IO-SVD, https://arxiv.org/abs/2605.15626
 """
@@ -17,10 +18,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +31,22 @@ from torch import Tensor, nn
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.targets import Target
 from ranksearch.worker.calibrate import Calibration
-from ranksearch.worker.linalg import DAMPING, Root, decompose, square_root
+from ranksearch.worker.centred_bias import CentredBias
+from ranksearch.worker.factors import Factors, attribute, factor
+from ranksearch.worker.linalg import DAMPING, DiagonalRoot, Root, diagonal_root, square_root
+from ranksearch.worker.metrics import Metric
 from ranksearch.worker.pooled import Pooled
 from ranksearch.worker.tensor_file import TensorFile
 
-Metric = Literal["weight", "feature", "two_sided"]
+#: Metric -> the parts of a calibration that it needs.
+_PARTS: dict[Metric, tuple[str, ...]] = {
+    "feature": ("inputs",),
+    "two_sided": ("inputs", "gradients"),
+    "centred": ("inputs", "means"),
+    "activation": ("absolute",),
+    "fisher": ("fisher",),
+    "attribution": ("weight_gradients",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,7 @@ class FactorBank:
         facts: Target -> what was done: damping, clamped eigenvalues, effective ranks, tokens, solver, dropped
             components.
         metric: The metric it was built in.
+        means: Target -> `n`, fp32, mean of its inputs, where its factors need `CentredBias`; empty otherwise.
     """
 
     spectra: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
@@ -55,6 +68,7 @@ class FactorBank:
     right: Mapping[str, Tensor]
     facts: Mapping[str, Mapping[str, Any]]
     metric: str
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pair(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """The factors of one target, as views.
@@ -75,6 +89,19 @@ class FactorBank:
                 f"Rank {rank} of {name} is not in the bank, which holds 1 to {stored}.", target=name, rank=rank
             )
         return self.left[name][:rank].mT, self.right[name][:rank]
+
+    def bias(self, name: str, rank: int, dense: nn.Linear) -> Tensor:
+        """The bias that the factors of one target need, if the bank has means.
+
+        Args:
+            name: A target.
+            rank: As in `pair`.
+            dense: Its layer.
+
+        Returns:
+            `m`, in the layer's dtype.
+        """
+        return CentredBias(dense, self.means[name])(*self.pair(name, rank))
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +124,7 @@ class FactorBank:
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor], metric: str, facts: Mapping[str, Mapping[str, Any]]) -> FactorBank:
-        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
+        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}, "means": {}}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = tensor.numpy().copy() if part == "spectra" else tensor
@@ -124,8 +151,9 @@ def build_bank(
     Args:
         model: The dense model.
         targets: What to factor.
-        calibration: Covariances; may be None for metric `weight`.
-        metric: `weight` (C = G = I), `feature` (G = I) or `two_sided`.
+        calibration: What the metric needs (`NEEDS`); may be None for metric `weight`. Of covariances that are centred
+            the means go into the bank.
+        metric: Which one; see `worker/metrics.py`.
         dtype: Storage dtype of the factors; that of each weight when None. More digits would be lost at once: a trial
             runs in the model's dtype.
         damping: Relative eigenvalue clamp of the roots.
@@ -140,8 +168,9 @@ def build_bank(
         NumericalError: A covariance or weight is not finite, or no decomposition converged.
         OSError: The disk is full.
     """
-    if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
-        raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
+    missing = [part for part in _PARTS.get(metric, ()) if not getattr(calibration, part, None)]
+    if missing:
+        raise InvalidInput(f"Metric {metric} needs a calibration with {' and '.join(missing)}.", metric=metric)
     weights = {target.name: model.get_parameter(f"{target.name}.weight").detach() for target in targets}
     stored = {target.name: target.full_rank if full else target.break_even for target in targets}
     tensors: dict[str, Tensor] = {}
@@ -149,15 +178,18 @@ def build_bank(
     with contextlib.ExitStack() as stack:
         keep = tensors.__setitem__
         if file is not None:
-            shapes = _shapes(targets, stored, {name: dtype or weight.dtype for name, weight in weights.items()})
+            dtypes = {name: dtype or weight.dtype for name, weight in weights.items()}
+            shapes = _shapes(targets, stored, dtypes, means=_centred(metric, calibration))
             written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
             keep = written.write
-        root_of = partial(square_root, damping=damping, shrinkage=shrinkage)
-        factored = _factored(targets, weights, stored, calibration, metric, root_of, device)
+        roots = _Roots(calibration, targets, damping=damping, shrinkage=shrinkage) if calibration else None
+        factored = _factored(targets, weights, stored, roots, metric, device)
         for index, (name, factors, fact) in enumerate(factored):
             keep(f"spectra/{name}", factors.sigma.cpu())
             keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
             keep(f"right/{name}", factors.right[: stored[name]].to(dtype or weights[name].dtype).contiguous())
+            if roots is not None and _centred(metric, calibration):
+                keep(f"means/{name}", roots.pooled.mean(targets[index]).to(factors.left.device))
             facts[name] = {**factors.facts, **fact}
             progress((index + 1) / len(targets))
         if file is not None:
@@ -166,7 +198,7 @@ def build_bank(
 
 
 def _shapes(
-    targets: Sequence[Target], stored: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
+    targets: Sequence[Target], stored: Mapping[str, int], dtypes: Mapping[str, torch.dtype], *, means: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for target in targets:
@@ -174,91 +206,75 @@ def _shapes(
         shapes[f"left/{name}"] = (rank, target.out_features), dtypes[name]
         shapes[f"right/{name}"] = (rank, target.in_features), dtypes[name]
         shapes[f"spectra/{name}"] = (target.full_rank,), torch.float64
+        if means:
+            shapes[f"means/{name}"] = (target.in_features,), torch.float32
     return shapes
+
+
+def _centred(metric: Metric, calibration: Calibration | None) -> bool:
+    return metric in ("feature", "two_sided", "centred") and calibration is not None and bool(calibration.means)
 
 
 def _factored(
     targets: Sequence[Target],
     weights: Mapping[str, Tensor],
     stored: Mapping[str, int],
-    calibration: Calibration | None,
+    roots: _Roots | None,
     metric: Metric,
-    root_of: Callable[..., Root],
     device: str | torch.device | None,
 ) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
     """Each target's name, its factors and further facts; only one target's are in memory at a time."""
-    pooled = Pooled(calibration, targets) if calibration else None
-    root: tuple[str, Root] | None = None
     for target in targets:
         name, weight = target.name, weights[target.name]
         W = weight.to(device or weight.device, torch.float64)
-        C = G = None
-        if metric != "weight" and calibration is not None and pooled is not None:
-            lead = calibration.leader[name]
-            if root is None or root[0] != lead:
-                root = None  # before another one is made
-                root = (lead, root_of(pooled.input(target).to(W.device), name=name))
-            C = root[1]
-        if metric == "two_sided" and pooled is not None:
-            G = root_of(pooled.gradient(target).to(W.device), name=name)
-        factors = factor(W, C, G, components=stored[name], name=name)
-        del W, G
-        # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
-        share = pooled.share(target) if pooled and metric == "feature" else 1.0
-        seen = pooled.facts(target, gradients=metric == "two_sided") if pooled else {}
+        C = roots.input(target, metric, W.device) if roots else None
+        if metric == "attribution" and roots:
+            factors = attribute(W, roots.calibration.weight_gradients[name].to(W.device), name=name)
+        else:
+            G = roots.output(target, metric, W.device) if roots else None
+            factors = factor(W, C, G, components=stored[name], name=name)
+            del G
+        del W
+        share = roots.share(target, metric) if roots else 1.0
+        seen = roots.facts(target, metric) if roots else {}
         yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": C.damping if C else 0.0, **seen}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """One target, factored at full rank, in fp64.
+class _Roots:
+    """What a calibration says about each target, as the metric takes it."""
 
-    Attributes:
-        sigma: `k` singular values in the metric, descending.
-        left: `k x m`, transposed.
-        right: `k x n`.
-        facts: What was done.
-    """
+    def __init__(
+        self, calibration: Calibration, targets: Sequence[Target], *, damping: float, shrinkage: float
+    ) -> None:
+        self.calibration = calibration
+        self.pooled = Pooled(calibration, targets)
+        self._root = partial(square_root, damping=damping, shrinkage=shrinkage)
+        self._diagonal = partial(diagonal_root, damping=damping)
+        self._last: tuple[str, Root] | None = None
 
-    sigma: Tensor
-    left: Tensor
-    right: Tensor
-    facts: dict[str, Any]
+    def input(self, target: Target, metric: Metric, device: torch.device) -> Root | DiagonalRoot | None:
+        if metric == "activation":
+            return self._diagonal(self.pooled.absolute(target).to(device), name=target.name)
+        if metric == "fisher":
+            return self._diagonal(self.calibration.fisher[target.name].to(device), name=target.name)
+        if metric not in ("feature", "two_sided", "centred"):
+            return None
+        leader = self.calibration.leader[target.name]
+        if self._last is None or self._last[0] != leader:
+            self._last = None  # before another one is made
+            self._last = leader, self._root(self.pooled.input(target).to(device), name=target.name)
+        return self._last[1]
 
+    def output(self, target: Target, metric: Metric, device: torch.device) -> Root | None:
+        if metric != "two_sided":
+            return None
+        return self._root(self.pooled.gradient(target).to(device), name=target.name)
 
-def factor(
-    W: Tensor, C: Root | None = None, G: Root | None = None, *, components: int | None = None, name: str = ""
-) -> Factors:
-    """Factors one matrix in the metric of its roots.
+    def share(self, target: Target, metric: Metric) -> float:
+        # a target that sees a share of the tokens (an expert) weighs that much; gradients are per token of the text
+        return self.pooled.share(target) if metric in ("feature", "centred", "activation") else 1.0
 
-    Components whose singular value vanishes beside the largest are set to zero: nothing is divided by them.
-
-    Args:
-        W: `m x n`, fp64.
-        C: Root of the input covariance; None for the identity.
-        G: Root of the output gradient covariance; None for the identity.
-        components: How many are needed with all digits; all when None.
-        name: Target to name in an error.
-    """
-    facts: dict[str, Any] = {}
-    for side, root in (("input", C), ("output", G)):
-        if root is not None:
-            facts |= {f"{side}_{key}": value for key, value in root.facts.items() if key != "damping"}
-    unseen = any(root is not None and root.mean_eigenvalue == 0 for root in (C, G))
-    if unseen:
-        # nothing is known about where this matrix matters: keep its plain factors, at no predicted loss
-        C = G = None
-        facts["zero_covariance"] = True
-    WC = W if C is None else W @ C.matrix
-    svd = decompose(WC if G is None else G.matrix @ WC, components=components, name=name)
-    left = svd.Vh @ WC.mT
-    right = svd.U.mT @ (W if G is None else G.matrix @ W)
-    floor = svd.S[0] * max(W.shape) * torch.finfo(W.dtype).eps
-    norms = left.norm(dim=1) * right.norm(dim=1)
-    alive = svd.S.gt(floor) & norms.gt(0)
-    # left_j right_j / sigma_j, with both vectors of the same norm
-    size = torch.where(alive, norms / torch.where(alive, svd.S, 1.0), 0.0).sqrt()
-    left = left * (size / left.norm(dim=1).where(alive, left.new_ones(()))).unsqueeze(1)
-    right = right * (size / right.norm(dim=1).where(alive, right.new_ones(()))).unsqueeze(1)
-    facts |= {"solver": svd.solver, "dropped": int((~alive).sum())}
-    return Factors(sigma=torch.zeros_like(svd.S) if unseen else svd.S, left=left, right=right, facts=facts)
+    def facts(self, target: Target, metric: Metric) -> dict[str, Any]:
+        inputs = metric in ("feature", "two_sided", "centred", "activation")
+        seen = self.pooled.facts(target, inputs=inputs, gradients=metric == "two_sided")
+        return seen | {"similarity": self.calibration.similarity.get(target.name, 0.0)}

@@ -23,6 +23,7 @@ from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
+from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
@@ -123,17 +124,16 @@ class Workbench:
         }
 
     def calibrate(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
-        """Collect covariances on the calibration blocks and write them to a file."""
+        """Collect what the metric needs on the calibration blocks and write it to a file."""
         spec = _spec(job)
         model, _, _ = self._model(job)
-        gradients = spec.method.metric == "two_sided"
         self._unload("trials")
         blocks = load_blocks(job["blocks"])["calibration"]
         found = calibrate(
             model,
             find_targets(model),
             blocks,
-            gradients=gradients,
+            **asdict(NEEDS[spec.method.metric]),
             file=output,
             scratch=job["cache_dir"],
             progress=progress,
