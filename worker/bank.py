@@ -19,7 +19,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,9 @@ from ranksearch.search.targets import Target
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.centred_bias import CentredBias
 from ranksearch.worker.factors import Factors, attribute, factor
-from ranksearch.worker.linalg import DAMPING, DiagonalRoot, Root, diagonal_root, square_root
+from ranksearch.worker.linalg import DAMPING
 from ranksearch.worker.metrics import Metric
-from ranksearch.worker.pooled import Pooled
+from ranksearch.worker.roots import COVARIANCE, Roots
 from ranksearch.worker.tensor_file import TensorFile
 
 #: Metric -> the parts of a calibration that it needs.
@@ -182,7 +181,7 @@ def build_bank(
             shapes = _shapes(targets, stored, dtypes, means=_centred(metric, calibration))
             written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
             keep = written.write
-        roots = _Roots(calibration, targets, damping=damping, shrinkage=shrinkage) if calibration else None
+        roots = Roots(calibration, targets, damping=damping, shrinkage=shrinkage) if calibration else None
         factored = _factored(targets, weights, stored, roots, metric, device)
         for index, (name, factors, fact) in enumerate(factored):
             keep(f"spectra/{name}", factors.sigma.cpu())
@@ -212,14 +211,14 @@ def _shapes(
 
 
 def _centred(metric: Metric, calibration: Calibration | None) -> bool:
-    return metric in ("feature", "two_sided", "centred") and calibration is not None and bool(calibration.means)
+    return metric in COVARIANCE and calibration is not None and bool(calibration.means)
 
 
 def _factored(
     targets: Sequence[Target],
     weights: Mapping[str, Tensor],
     stored: Mapping[str, int],
-    roots: _Roots | None,
+    roots: Roots | None,
     metric: Metric,
     device: str | torch.device | None,
 ) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
@@ -227,54 +226,14 @@ def _factored(
     for target in targets:
         name, weight = target.name, weights[target.name]
         W = weight.to(device or weight.device, torch.float64)
+        C = G = None  # before others are made
         C = roots.input(target, metric, W.device) if roots else None
         if metric == "attribution" and roots:
             factors = attribute(W, roots.calibration.weight_gradients[name].to(W.device), name=name)
         else:
             G = roots.output(target, metric, W.device) if roots else None
             factors = factor(W, C, G, components=stored[name], name=name)
-            del G
         del W
         share = roots.share(target, metric) if roots else 1.0
         seen = roots.facts(target, metric) if roots else {}
         yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": C.damping if C else 0.0, **seen}
-
-
-class _Roots:
-    """What a calibration says about each target, as the metric takes it."""
-
-    def __init__(
-        self, calibration: Calibration, targets: Sequence[Target], *, damping: float, shrinkage: float
-    ) -> None:
-        self.calibration = calibration
-        self.pooled = Pooled(calibration, targets)
-        self._root = partial(square_root, damping=damping, shrinkage=shrinkage)
-        self._diagonal = partial(diagonal_root, damping=damping)
-        self._last: tuple[str, Root] | None = None
-
-    def input(self, target: Target, metric: Metric, device: torch.device) -> Root | DiagonalRoot | None:
-        if metric == "activation":
-            return self._diagonal(self.pooled.absolute(target).to(device), name=target.name)
-        if metric == "fisher":
-            return self._diagonal(self.calibration.fisher[target.name].to(device), name=target.name)
-        if metric not in ("feature", "two_sided", "centred"):
-            return None
-        leader = self.calibration.leader[target.name]
-        if self._last is None or self._last[0] != leader:
-            self._last = None  # before another one is made
-            self._last = leader, self._root(self.pooled.input(target).to(device), name=target.name)
-        return self._last[1]
-
-    def output(self, target: Target, metric: Metric, device: torch.device) -> Root | None:
-        if metric != "two_sided":
-            return None
-        return self._root(self.pooled.gradient(target).to(device), name=target.name)
-
-    def share(self, target: Target, metric: Metric) -> float:
-        # a target that sees a share of the tokens (an expert) weighs that much; gradients are per token of the text
-        return self.pooled.share(target) if metric in ("feature", "centred", "activation") else 1.0
-
-    def facts(self, target: Target, metric: Metric) -> dict[str, Any]:
-        inputs = metric in ("feature", "two_sided", "centred", "activation")
-        seen = self.pooled.facts(target, inputs=inputs, gradients=metric == "two_sided")
-        return seen | {"similarity": self.calibration.similarity.get(target.name, 0.0)}
