@@ -30,13 +30,13 @@ from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation
+from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.refine import Refined, Refinement
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import apart, cut, read_text, sample, tokenize
 
-POOL = 32  # sequences, as published
 BOLACO_TRIALS = 50
 
 
@@ -133,32 +133,7 @@ class Ground:
         return study.best.ranks
 
 
-class Shifted(PrefixModel):
-    """Runs centred factors: `W_r (x - mean) + W mean + b`."""
-
-    def __init__(self, ground: Ground, bank: FactorBank, calibration: Calibration) -> None:
-        super().__init__(ground.model, bank, ground.targets)
-        self._means = {t.name: calibration.means[calibration.leader[t.name]] for t in ground.targets}
-        self._biases = {name: module.dense.bias for name, module in self._modules.items()}
-
-    def set_ranks(self, ranks: Mapping[str, int]) -> None:
-        super().set_ranks(ranks)
-        for name, module in self._modules.items():
-            bias = self._biases[name]
-            if module._prefix is not None:
-                (left, right), weight = module._prefix, module.dense.weight
-                mean = self._means[name].to(weight)
-                shift = weight @ mean - left @ (right @ mean)
-                bias = torch.nn.Parameter(shift if bias is None else shift + bias, requires_grad=False)
-            module.dense.bias = bias
-
-    def close(self) -> None:
-        for name, module in self._modules.items():
-            module.dense.bias = self._biases[name]
-        super().close()
-
-
-def bolaco(ground: Ground, prefix: Shifted, kept: float) -> Ranks:
+def bolaco(ground: Ground, prefix: PrefixModel, kept: float) -> Ranks:
     """Bolaco's search: a Gaussian process over one share per matrix type, q and k together and v dense, all layers
     alike. The published code draws until the budget is met within a tenth; here a common factor meets it exactly."""
     space, bank = ground.spaces["factored"], ground.bank("feature")  # the search itself looks at no spectrum
@@ -202,19 +177,19 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
         calibration: Calibration = once(("calibration", *options.items()), lambda: ground.calibrate(**options))
         return calibration
 
-    def centred(metric: str, choose: Callable[[Shifted, FactorBank, float], Ranks]) -> Any:
+    def centred(metric: str, choose: Callable[[PrefixModel, FactorBank, float], Ranks]) -> Any:
         @contextmanager
         def run(kept: float) -> Iterator[int]:
-            calibration, space = _calibration({"pool": POOL}), ground.spaces["factored"]
-            bank = once(("centred", metric), lambda: ground.factor(calibration, metric))
-            with Shifted(ground, bank, calibration) as prefix:
+            space, pool = ground.spaces["factored"], NEEDS["centred"].pool
+            bank = once(("centred", metric), lambda: ground.factor(_calibration({"pool": pool}), metric))
+            with PrefixModel(ground.model, bank, ground.targets) as prefix:
                 ranks = choose(prefix, bank, kept)
                 prefix.set_ranks(space.as_dict(ranks))
                 yield space.cost(ranks) + ground.biases
 
         return run
 
-    def prior_less_biases(_: Shifted, bank: FactorBank, kept: float) -> Ranks:
+    def prior_less_biases(_: PrefixModel, bank: FactorBank, kept: float) -> Ranks:
         space = ground.spaces["factored"]
         return Allocator(space, bank.spectra).prior(kept - ground.biases / space.parameters)
 
@@ -234,7 +209,7 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
     return {
         "weight, uniform": vector("weight", "uniform"),
         "feature, uniform (SVD-LLM)": vector("feature", "uniform"),
-        "Bolaco: centred features, bias, 50 trials": centred("feature", lambda p, bank, kept: bolaco(ground, p, kept)),
+        "Bolaco: centred features, bias, 50 trials": centred("centred", lambda p, bank, kept: bolaco(ground, p, kept)),
         "two-sided, uniform": vector("two_sided", "uniform"),
         "two-sided, prior": vector("two_sided", "prior"),
         "  labels drawn from the model": with_options({"labels": "model"}, {}),

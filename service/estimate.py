@@ -160,13 +160,20 @@ def _break_even(space: RankSpace) -> list[TargetKind]:
 
 
 def _moment_numbers(spec: JobSpec, targets: Sequence[Target]) -> int:
-    """Entries of all second moments: inputs once per group that shares them, output gradients per target."""
-    if spec.method.metric == "weight":
-        return 0
+    """Entries of what is collected: of inputs once per group that shares them, of gradients per target."""
+    metric = spec.method.metric
     groups = {(t.depth, t.name.rpartition(".")[0], t.in_features) for t in targets}
-    inputs = sum(columns**2 for *_, columns in groups)
-    gradients = sum(t.out_features**2 for t in targets) if spec.method.metric == "two_sided" else 0
-    return inputs + gradients
+    square = sum(columns**2 for *_, columns in groups)
+    entries: dict[str, int] = {
+        "weight": 0,
+        "feature": square,
+        "two_sided": square + sum(t.out_features**2 for t in targets),
+        "centred": square,
+        "activation": sum(columns for *_, columns in groups),
+        "fisher": sum(t.in_features for t in targets),
+        "attribution": sum(t.parameters for t in targets),
+    }
+    return entries[metric]
 
 
 def _bank_numbers(spec: JobSpec, targets: Sequence[Target]) -> int:
@@ -217,8 +224,9 @@ def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[
     tokens = calibration.sequences * calibration.sequence_length
     evaluated = evaluation.sequences * (evaluation.sequence_length or calibration.sequence_length)
     tested = sum((test.sequences or 512) * calibration.sequence_length for test in evaluation.test)
-    passes = {"weight": 0, "feature": 2, "two_sided": 6}[spec.method.metric]
     targets = space.targets
+    # forward, or forward and back; the gradients of weights are one more product
+    passes = {"weight": 0, "two_sided": 6, "fisher": 8, "attribution": 6}.get(spec.method.metric, 2)
     trial = [2 * evaluated * (model - space.parameters + _multiplied(space, kept)) for kept in spec.budget.kept]
     trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in spec.budget.kept]
     operations = {

@@ -20,6 +20,8 @@ HEAVY = ("torch", "transformers", "botorch", "gpytorch", "accelerate", "datasets
 NUMERICS = (
     *("linalg", "covariance", "calibrate", "bank", "prefix", "evaluate", "spill", "targets"),
     *("hardware", "placement", "readout", "sections", "stream", "sweep", "tensor_file"),
+    *("calibration_file", "centred_bias", "factors", "loss_slope", "metrics", "observe", "pooled", "residual_stream"),
+    *("weight_gradients",),
     *("checkpoint", "loading", "speed"),
 )
 NUMERICS_MAY = {"torch", "transformers", "numpy", "safetensors", "ranksearch", *sys.stdlib_module_names}

@@ -8,6 +8,7 @@ Per target, in the metric of its covariances [IOSVD2026]_:
 up to a scale per component that gives the two vectors equal norms, so that any storage dtype is safe. `left_r
 right_r` is the best rank-r matrix in the norm |G^(1/2) (.) C^(1/2)|_F and its squared error is the sum of the dropped
 S^2: twice the predicted increase of the loss, in nats per token, comparable over all targets (metric `two_sided`).
+`worker/metrics.py` says what C and G are in each metric, and which one orders components otherwise.
 
 .. [IOSVD2026] IO-SVD, https://arxiv.org/abs/2605.15626
 """
@@ -17,11 +18,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,22 @@ from torch import Tensor, nn
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.targets import Target
 from ranksearch.worker.calibrate import Calibration
-from ranksearch.worker.linalg import DAMPING, Root, decompose, square_root
-from ranksearch.worker.pooled import Pooled
+from ranksearch.worker.centred_bias import CentredBias
+from ranksearch.worker.factors import Factors, attribute, factor
+from ranksearch.worker.linalg import DAMPING
+from ranksearch.worker.metrics import Metric
+from ranksearch.worker.roots import COVARIANCE, Roots
 from ranksearch.worker.tensor_file import TensorFile
 
-Metric = Literal["weight", "feature", "two_sided"]
+#: Metric -> the parts of a calibration that it needs.
+_PARTS: dict[Metric, tuple[str, ...]] = {
+    "feature": ("inputs",),
+    "two_sided": ("inputs", "gradients"),
+    "centred": ("inputs", "means"),
+    "activation": ("absolute",),
+    "fisher": ("fisher",),
+    "attribution": ("weight_gradients",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +61,7 @@ class FactorBank:
         facts: Target -> what was done: damping, clamped eigenvalues, effective ranks, tokens, solver, dropped
             components.
         metric: The metric it was built in.
+        means: Target -> `n`, fp32, mean of its inputs, where its factors need `CentredBias`; empty otherwise.
     """
 
     spectra: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
@@ -56,6 +69,7 @@ class FactorBank:
     right: Mapping[str, Tensor]
     facts: Mapping[str, Mapping[str, Any]]
     metric: str
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pair(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """The factors of one target, as views.
@@ -76,6 +90,19 @@ class FactorBank:
                 f"Rank {rank} of {name} is not in the bank, which holds 1 to {stored}.", target=name, rank=rank
             )
         return self.left[name][:rank].mT, self.right[name][:rank]
+
+    def bias(self, name: str, rank: int, dense: nn.Linear) -> Tensor:
+        """The bias that the factors of one target need, if the bank has means.
+
+        Args:
+            name: A target.
+            rank: As in `pair`.
+            dense: Its layer.
+
+        Returns:
+            `m`, in the layer's dtype.
+        """
+        return CentredBias(dense, self.means[name])(*self.pair(name, rank))
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +125,7 @@ class FactorBank:
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor], metric: str, facts: Mapping[str, Mapping[str, Any]]) -> FactorBank:
-        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}}
+        parts: dict[str, dict[str, Any]] = {"left": {}, "right": {}, "spectra": {}, "means": {}}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = tensor.numpy().copy() if part == "spectra" else tensor
@@ -125,9 +152,9 @@ def build_bank(
     Args:
         model: The dense model.
         targets: What to factor.
-        calibration: Covariances, or parts of them as they come, in any order, each of all targets of some blocks; None
-            will do for metric `weight`.
-        metric: `weight` (C = G = I), `feature` (G = I) or `two_sided`.
+        calibration: What the metric needs (`NEEDS`), or parts of it as they come, in any order, each of all targets of
+            some blocks; may be None for metric `weight`. Of covariances that are centred the means go into the bank.
+        metric: Which one; see `worker/metrics.py`.
         dtype: Storage dtype of the factors; that of each weight when None. More digits would be lost at once: a trial
             runs in the model's dtype.
         damping: Relative eigenvalue clamp of the roots.
@@ -143,6 +170,7 @@ def build_bank(
         OSError: The disk is full.
     """
     parts = [calibration] if calibration is None or isinstance(calibration, Calibration) else calibration
+    centred = metric == "centred" or (metric in COVARIANCE and bool(getattr(calibration, "means", None)))
     weights = {target.name: model.get_parameter(f"{target.name}.weight").detach() for target in targets}
     stored = {target.name: target.full_rank if full else target.break_even for target in targets}
     tensors: dict[str, Tensor] = {}
@@ -150,17 +178,20 @@ def build_bank(
     with contextlib.ExitStack() as stack:
         keep = tensors.__setitem__
         if file is not None:
-            shapes = _shapes(targets, stored, {name: dtype or weight.dtype for name, weight in weights.items()})
+            dtypes = {name: dtype or weight.dtype for name, weight in weights.items()}
+            shapes = _shapes(targets, stored, dtypes, means=centred)
             written = stack.enter_context(TensorFile(file, shapes, room=sum(2048 + 4 * len(name) for name in stored)))
             keep = written.write
-        root_of = partial(square_root, damping=damping, shrinkage=shrinkage)
-        factored = (_factored(targets, weights, stored, part, metric, root_of, device) for part in parts)
-        for index, (name, factors, fact) in enumerate(chain.from_iterable(factored)):
+        roots_of = partial(Roots, damping=damping, shrinkage=shrinkage)
+        factored = (_factored(targets, weights, stored, part, metric, roots_of, device) for part in parts)
+        for name, factors, fact, mean in chain.from_iterable(factored):
             keep(f"spectra/{name}", factors.sigma.cpu())
             keep(f"left/{name}", factors.left[: stored[name]].to(dtype or weights[name].dtype).contiguous())
             keep(f"right/{name}", factors.right[: stored[name]].to(dtype or weights[name].dtype).contiguous())
+            if mean is not None:
+                keep(f"means/{name}", mean.to(factors.left.device))
             facts[name] = {**factors.facts, **fact}
-            progress((index + 1) / len(targets))
+            progress(len(facts) / len(targets))
         facts = {name: facts[name] for name in stored}
         if file is not None:
             written.describe({"bank": json.dumps({"metric": metric, "facts": facts})})
@@ -168,7 +199,7 @@ def build_bank(
 
 
 def _shapes(
-    targets: Sequence[Target], stored: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
+    targets: Sequence[Target], stored: Mapping[str, int], dtypes: Mapping[str, torch.dtype], *, means: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for target in targets:
@@ -176,6 +207,8 @@ def _shapes(
         shapes[f"left/{name}"] = (rank, target.out_features), dtypes[name]
         shapes[f"right/{name}"] = (rank, target.in_features), dtypes[name]
         shapes[f"spectra/{name}"] = (target.full_rank,), torch.float64
+        if means:
+            shapes[f"means/{name}"] = (target.in_features,), torch.float32
     return shapes
 
 
@@ -185,85 +218,29 @@ def _factored(
     stored: Mapping[str, int],
     calibration: Calibration | None,
     metric: Metric,
-    root_of: Callable[..., Root],
+    roots_of: Callable[..., Roots],
     device: str | torch.device | None,
-) -> Iterator[tuple[str, Factors, dict[str, Any]]]:
-    """Name, factors and further facts of each target of a calibration; only one target's are in memory at a time."""
-    if metric != "weight" and (calibration is None or (metric == "two_sided" and not calibration.gradients)):
-        raise InvalidInput(f"Metric {metric} needs a calibration{' with gradients' if metric == 'two_sided' else ''}.")
+) -> Iterator[tuple[str, Factors, dict[str, Any], Tensor | None]]:
+    """Name, factors, further facts and mean input of each target of a calibration, one target after the other."""
+    missing = [part for part in _PARTS.get(metric, ()) if not getattr(calibration, part, None)]
+    if missing:
+        raise InvalidInput(f"Metric {metric} needs a calibration with {' and '.join(missing)}.", metric=metric)
     targets = [target for target in targets if calibration is None or target.name in calibration.leader]
-    pooled = Pooled(calibration, targets) if calibration else None
-    root: tuple[str, Root] | None = None
+    roots = None if calibration is None else roots_of(calibration, targets)
     for target in targets:
         name, weight = target.name, weights[target.name]
         W = weight.to(device or weight.device, torch.float64)
-        C = G = None
-        if metric != "weight" and calibration is not None and pooled is not None:
-            lead = calibration.leader[name]
-            if root is None or root[0] != lead:
-                root = None  # before another one is made
-                root = (lead, root_of(pooled.input(target).to(W.device), name=name))
-            C = root[1]
-        if metric == "two_sided" and pooled is not None:
-            G = root_of(pooled.gradient(target).to(W.device), name=name)
-        factors = factor(W, C, G, components=stored[name], name=name)
-        del W, G
-        # a target that sees a share of the tokens (an expert) weighs that much; G is per token of the text already
-        share = pooled.share(target) if pooled and metric == "feature" else 1.0
-        seen = pooled.facts(target, gradients=metric == "two_sided") if pooled else {}
-        yield name, replace(factors, sigma=factors.sigma * share**0.5), {"damping": C.damping if C else 0.0, **seen}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """One target, factored at full rank, in fp64.
-
-    Attributes:
-        sigma: `k` singular values in the metric, descending.
-        left: `k x m`, transposed.
-        right: `k x n`.
-        facts: What was done.
-    """
-
-    sigma: Tensor
-    left: Tensor
-    right: Tensor
-    facts: dict[str, Any]
-
-
-def factor(
-    W: Tensor, C: Root | None = None, G: Root | None = None, *, components: int | None = None, name: str = ""
-) -> Factors:
-    """Factors one matrix in the metric of its roots.
-
-    Components whose singular value vanishes beside the largest are set to zero: nothing is divided by them.
-
-    Args:
-        W: `m x n`, fp64.
-        C: Root of the input covariance; None for the identity.
-        G: Root of the output gradient covariance; None for the identity.
-        components: How many are needed with all digits; all when None.
-        name: Target to name in an error.
-    """
-    facts: dict[str, Any] = {}
-    for side, root in (("input", C), ("output", G)):
-        if root is not None:
-            facts |= {f"{side}_{key}": value for key, value in root.facts.items() if key != "damping"}
-    unseen = any(root is not None and root.mean_eigenvalue == 0 for root in (C, G))
-    if unseen:
-        # nothing is known about where this matrix matters: keep its plain factors, at no predicted loss
-        C = G = None
-        facts["zero_covariance"] = True
-    WC = W if C is None else W @ C.matrix
-    svd = decompose(WC if G is None else G.matrix @ WC, components=components, name=name)
-    left = svd.Vh @ WC.mT
-    right = svd.U.mT @ (W if G is None else G.matrix @ W)
-    floor = svd.S[0] * max(W.shape) * torch.finfo(W.dtype).eps
-    norms = left.norm(dim=1) * right.norm(dim=1)
-    alive = svd.S.gt(floor) & norms.gt(0)
-    # left_j right_j / sigma_j, with both vectors of the same norm
-    size = torch.where(alive, norms / torch.where(alive, svd.S, 1.0), 0.0).sqrt()
-    left = left * (size / left.norm(dim=1).where(alive, left.new_ones(()))).unsqueeze(1)
-    right = right * (size / right.norm(dim=1).where(alive, right.new_ones(()))).unsqueeze(1)
-    facts |= {"solver": svd.solver, "dropped": int((~alive).sum())}
-    return Factors(sigma=torch.zeros_like(svd.S) if unseen else svd.S, left=left, right=right, facts=facts)
+        C = G = None  # before others are made
+        C = roots.input(target, metric, W.device) if roots else None
+        if metric == "attribution" and roots:
+            factors = attribute(W, roots.calibration.weight_gradients[name].to(W.device), name=name)
+        else:
+            G = roots.output(target, metric, W.device) if roots else None
+            factors = factor(W, C, G, components=stored[name], name=name)
+        del W
+        share = roots.share(target, metric) if roots else 1.0
+        seen = roots.facts(target, metric) if roots else {}
+        facts = {"damping": C.damping if C else 0.0, **seen}
+        centred = calibration is not None and metric in COVARIANCE and bool(calibration.means)
+        mean = roots.pooled.mean(target) if roots and centred else None
+        yield name, replace(factors, sigma=factors.sigma * share**0.5), facts, mean

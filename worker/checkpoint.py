@@ -27,6 +27,7 @@ from ranksearch.worker.pivot import pivot
 from ranksearch.worker.shards import Stored, appearing, headers, write_shards
 
 Pairs = Callable[[str, int], tuple[Tensor, Tensor]]
+Biases = Callable[[str, int], Tensor]
 _MATRICES = ("weight", "right.weight", "left.weight", "pivot.weight", "rest.weight")
 
 
@@ -55,6 +56,7 @@ def export(
     pairs: Pairs,
     ranks: Mapping[str, int],
     targets: Iterable[Target],
+    biases: Biases | None = None,
     form: Form = "factored",
     dtype: str | torch.dtype = "auto",
     max_shard_bytes: int = 5_000_000_000,
@@ -68,6 +70,7 @@ def export(
         pairs: `(name, rank)` to left `m x r` and right `r x n`; views are fine.
         ranks: Rank of each target; full rank, or no entry, means stored dense.
         targets: All targets of the model.
+        biases: `(name, rank)` to the bias `m` of a target below full rank; each one's own when None.
         form: How targets below full rank are stored.
         dtype: Dtype of the floating tensors; `auto` keeps each tensor's own.
         max_shard_bytes: Largest size of a weights file.
@@ -82,10 +85,10 @@ def export(
     folder, targets = Path(folder), tuple(targets)
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     below = {t.name: ranks[t.name] for t in targets if ranks.get(t.name, t.full_rank) < t.full_rank}
-    tensors = _tensors(model, {t.name: t for t in targets}, below, pairs, form, wanted)
+    tensors = _tensors(model, {t.name: t for t in targets}, below, pairs, biases, form, wanted)
     with appearing(folder) as draft:
         write_shards(draft, tensors, max_shard_bytes)
-        _write_rest(draft, model, tokenizer, targets, below, form, wanted)
+        _write_rest(draft, model, tokenizer, targets, below, form, wanted, biased=biases is not None)
         return count(draft, targets)
 
 
@@ -94,6 +97,7 @@ def _tensors(
     targets: Mapping[str, Target],
     below: Mapping[str, int],
     pairs: Pairs,
+    biases: Biases | None,
     form: Form,
     wanted: torch.dtype | None,
 ) -> dict[str, Stored]:
@@ -110,13 +114,21 @@ def _tensors(
         if target not in below:
             owner = target if target in targets else None
             stored[key] = Stored(shape=tuple(tensor.shape), dtype=dtype, load=_constant(tensor), target=owner)
-        elif part == "bias":
-            name = f"{target}.bias" if form == "pivoted" else f"{target}.left.bias"
-            stored[name] = Stored(shape=tuple(tensor.shape), dtype=dtype, load=_constant(tensor), target=target)
-        else:
+        elif part == "weight":
             make = _pivoted if form == "pivoted" else _factored
             stored |= make(pairs, targets[target], below[target], dtype)
+            if biases is not None:
+                bias = partial(biases, target, below[target])
+                shape = (targets[target].out_features,)
+                stored[_bias_name(target, form)] = Stored(shape=shape, dtype=dtype, load=bias, target=target)
+        elif biases is None:
+            name = _bias_name(target, form)
+            stored[name] = Stored(shape=tuple(tensor.shape), dtype=dtype, load=_constant(tensor), target=target)
     return _fuse_dense(model, stored, below)
+
+
+def _bias_name(target: str, form: Form) -> str:
+    return f"{target}.bias" if form == "pivoted" else f"{target}.left.bias"
 
 
 def _fuse_dense(model: nn.Module, stored: dict[str, Stored], below: Mapping[str, int]) -> dict[str, Stored]:
@@ -204,6 +216,8 @@ def _write_rest(
     below: Mapping[str, int],
     form: Form,
     wanted: torch.dtype | None,
+    *,
+    biased: bool,
 ) -> None:
     """Config, generation config, tokenizer and code files: as they came where the model was loaded from a folder."""
     source = Path(getattr(model.config, "_name_or_path", "") or "")
@@ -228,7 +242,7 @@ def _write_rest(
             target.name: {
                 "form": form if target.name in below else "dense",
                 "rank": below.get(target.name, target.full_rank),
-                "bias": model.get_submodule(target.name).bias is not None,
+                **_bias_entry(model.get_submodule(target.name), given=biased and target.name in below),
                 **layout(model, target.name),
             }
             for target in targets
@@ -236,6 +250,12 @@ def _write_rest(
     }
     write_json(folder / "config.json", config)
     _name_tokenizer(folder / "tokenizer_config.json")
+
+
+def _bias_entry(module: nn.Module, *, given: bool) -> dict[str, bool]:
+    """Whether a target is stored with a bias, and whether the model itself has no place for it."""
+    own = module.bias is not None
+    return {"bias": own or given, **({"bias_added": True} if given and not own else {})}
 
 
 def _original_config(source: Path, model: Any) -> dict[str, Any] | None:

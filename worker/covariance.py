@@ -1,10 +1,11 @@
-"""Second moments of features: pure arithmetic, no hooks and no model.
+"""Moments of features: pure arithmetic, no hooks and no model.
 
 Notation:
     x: one feature vector, `n`.
     X: a batch of them as rows, `tokens x n`.
 
-Uncentred, as SVD-LLM takes them, or centred within pools of sequences, as Bolaco does [Bolaco2024]_.
+Second moments uncentred, as SVD-LLM takes them, or centred within pools of sequences, as Bolaco does [Bolaco2024]_;
+first moments of the sizes, as ASVD takes them.
 
 .. [Bolaco2024] Ji et al., Adaptive Feature-based Low-Rank Compression of Large Language Models via Bayesian
    Optimization, Findings of EMNLP 2024, https://arxiv.org/abs/2405.10616
@@ -143,3 +144,60 @@ class PooledCovariance:
         """`n x n` average over the pools; zeros if there was none."""
         self.close_pool()
         return self._average
+
+
+class MeanAbsolute:
+    """A running sum of `|x|` in fp32.
+
+    Attributes:
+        tokens: Vectors seen so far.
+    """
+
+    def __init__(self, size: int, *, device: torch.device | str = "cpu") -> None:
+        """Allocates the sum.
+
+        Args:
+            size: Length n of a feature vector.
+            device: Where the features are.
+        """
+        self.tokens = 0
+        self._sum = torch.zeros(size, dtype=torch.float32, device=device)
+
+    def add(self, X: Tensor) -> None:
+        """Adds a batch of feature vectors, `... x n`."""
+        X = X.detach().reshape(-1, X.shape[-1])
+        self._sum += X.float().abs().sum(0)
+        self.tokens += X.shape[0]
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or Inf came in."""
+        return bool(self._sum.isfinite().all())
+
+    def take_mean(self) -> Tensor:
+        """`n` mean of |x|, in the memory of the sum."""
+        return self._sum.div_(max(1, self.tokens))
+
+
+class Seen:
+    """Only counts, and looks for broken values.
+
+    Attributes:
+        tokens: Vectors seen so far.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen as yet."""
+        self.tokens = 0
+        self._finite: list[Tensor] = []
+
+    def add(self, X: Tensor) -> None:
+        """Sees a batch of feature vectors, `... x n`."""
+        self.tokens += X[..., 0].numel()
+        self._finite.append(X.isfinite().all())
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or Inf came in since this was asked last."""
+        asked, self._finite = self._finite, []
+        return all(map(bool, asked))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 #: Raise one when its algorithm gives other results than before: what was stored under the old number is not found then.
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 BANK_VERSION = 2
 
 
@@ -17,13 +17,18 @@ def content_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def calibration_fingerprint(prepared: Mapping[str, Any], *, gradients: bool) -> str:
+def calibration_fingerprint(
+    prepared: Mapping[str, Any], *, gradients: bool, pool: int | None = None, only: str | None = None
+) -> str:
     """Of the model's files, its dtype, and the calibration tokens, whichever dataset they came from.
 
     Args:
         prepared: Facts of the prepare stage.
         gradients: Whether output gradients are collected, too.
+        pool: Sequences per pool, if covariances are centred.
+        only: What is collected in place of covariances.
     """
+    others = {name: value for name, value in (("pool", pool), ("only", only)) if value is not None}
     text = prepared["text"]["calibration"]
     return _of(
         version=CALIBRATION_VERSION,
@@ -32,6 +37,7 @@ def calibration_fingerprint(prepared: Mapping[str, Any], *, gradients: bool) -> 
         tokens=text["tokens"],
         sequence_length=text["sequence_length"],
         gradients=gradients,
+        **others,
     )
 
 
@@ -41,7 +47,7 @@ def bank_fingerprint(prepared: Mapping[str, Any], *, calibration: str | None, me
     Args:
         prepared: Facts of the prepare stage.
         calibration: Fingerprint of the calibration; None for metric `weight`.
-        metric: `weight`, `feature` or `two_sided`.
+        metric: Its name.
         full: Whether all components are stored, or those up to the break-even rank.
     """
     return _of(

@@ -135,10 +135,11 @@ def unfuse(model: nn.Module, path: str, *, transposed: bool) -> None:
 
 
 def fuse(model: nn.Module, path: str) -> None:
-    """Put the parameter back that `unfuse` took, if every expert is dense."""
+    """Put the parameter back that `unfuse` took, if every expert is dense and without a bias of its own."""
     place, _, name = path.rpartition(".")
     owner, experts = model.get_submodule(place), model.get_submodule(path)
-    if isinstance(experts, FusedExperts) and all(type(layer) is nn.Linear for layer in experts.children()):
+    plain = all(type(layer) is nn.Linear and layer.bias is None for layer in experts.children())
+    if isinstance(experts, FusedExperts) and plain:
         trained = any(parameter.requires_grad for parameter in experts.parameters())
         tensor = nn.Parameter(experts.fused(), requires_grad=trained)
         delattr(owner, name)

@@ -54,6 +54,10 @@ class Root:
         """The square root, `n x n`, fp64."""
         return (self.vectors * self.eigenvalues.sqrt()) @ self.vectors.mT
 
+    def times(self, B: Tensor) -> Tensor:
+        """`B C^(1/2)`, for B of `... x n` in fp64."""
+        return B @ self.matrix
+
     def divide(self, B: Tensor) -> Tensor:
         """`B C^-1` of the damped covariance C.
 
@@ -75,6 +79,39 @@ class Root:
             "effective_rank": self.effective_rank,
             "mean_eigenvalue": self.mean_eigenvalue,
             "solver": self.solver,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalRoot:
+    """The root of a damped diagonal matrix.
+
+    Attributes:
+        eigenvalues: `n`, fp64, the diagonal after the clamp; zeros for a zero matrix.
+        damping: Relative clamp that was asked for.
+        clamped: Number of values raised to the clamp.
+        effective_rank: exp of the entropy of the normalized diagonal; 0 for a zero matrix.
+        mean_eigenvalue: Mean of the diagonal.
+    """
+
+    eigenvalues: Tensor
+    damping: float
+    clamped: int
+    effective_rank: float
+    mean_eigenvalue: float
+
+    def times(self, B: Tensor) -> Tensor:
+        """`B C^(1/2)`, for B of `... x n` in fp64."""
+        return B * self.eigenvalues.sqrt()
+
+    @property
+    def facts(self) -> dict[str, float | int | str]:
+        """What was done, ready for JSON."""
+        return {
+            "damping": self.damping,
+            "clamped": self.clamped,
+            "effective_rank": self.effective_rank,
+            "mean_eigenvalue": self.mean_eigenvalue,
         }
 
 
@@ -112,7 +149,7 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, shrinkage: floa
     """
     A = covariance.to(torch.float64)
     A = (A + A.mT).div_(2)
-    _check_finite(A, "covariance", name)
+    check_finite(A, "covariance", name)
     size = A.shape[0]
     mean = float(A.diagonal().mean())
     if mean <= 0:
@@ -130,18 +167,45 @@ def square_root(covariance: Tensor, *, damping: float = DAMPING, shrinkage: floa
     eigenvalues = (1 - shrinkage) * eigenvalues + shrinkage
     clamp = max(damping, 0.0)
     raised = eigenvalues.clamp(min=clamp)
-    share = eigenvalues.clamp(min=0)
-    share = share / share.sum()
-    entropy = -torch.special.xlogy(share, share).sum()
     return Root(
         vectors=Q,
         eigenvalues=raised * mean,
         damping=damping,
         clamped=int((eigenvalues < clamp).sum()),
-        effective_rank=float(entropy.exp()),
+        effective_rank=_effective_rank(eigenvalues),
         mean_eigenvalue=mean,
         solver=solver,
     )
+
+
+def diagonal_root(diagonal: Tensor, *, damping: float = DAMPING, name: str = "") -> DiagonalRoot:
+    """Takes the root of a diagonal matrix, with the clamp of `square_root`.
+
+    Args:
+        diagonal: `n` values, none negative.
+        damping: Relative clamp.
+        name: Target to name in an error.
+
+    Raises:
+        NumericalError: A value is not finite.
+    """
+    d = diagonal.to(torch.float64)
+    check_finite(d, "diagonal covariance", name)
+    mean = float(d.mean())
+    clamp = max(damping, 0.0) * mean
+    return DiagonalRoot(
+        eigenvalues=d.clamp(min=clamp),
+        damping=damping,
+        clamped=int((d < clamp).sum()) if mean > 0 else len(d),
+        effective_rank=_effective_rank(d) if mean > 0 else 0.0,
+        mean_eigenvalue=mean,
+    )
+
+
+def _effective_rank(eigenvalues: Tensor) -> float:
+    share = eigenvalues.clamp(min=0)
+    share = share / share.sum()
+    return float((-torch.special.xlogy(share, share).sum()).exp())
 
 
 def decompose(matrix: Tensor, *, components: int | None = None, name: str = "") -> Decomposition:
@@ -160,7 +224,7 @@ def decompose(matrix: Tensor, *, components: int | None = None, name: str = "") 
         NumericalError: The matrix is not finite, or no solver converged.
     """
     M = matrix.to(torch.float64)
-    _check_finite(M, "matrix", name)
+    check_finite(M, "matrix", name)
     solvers: list[tuple[str, _Solver]] = [("gram", partial(_svd_by_gram, components=components)), ("svd", _svd)]
     if M.is_cuda:
         solvers += [("gesvd", _gesvd)]
@@ -228,6 +292,7 @@ def _svd_by_gram(M: Tensor, components: int | None = 0) -> tuple[Tensor, ...]:
     return (Q, S, rows) if wide else (rows.mT, S, Q.mT)
 
 
-def _check_finite(A: Tensor, what: str, name: str) -> None:
+def check_finite(A: Tensor, what: str, name: str) -> None:
+    """Raises NumericalError naming a target where something of it is not finite."""
     if not bool(A.isfinite().all()):
         raise NumericalError(f"The {what} of {name or 'a target'} holds NaN or infinite values.", target=name)

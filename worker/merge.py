@@ -39,13 +39,20 @@ def merge_to_dense(folder: str | Path, out: str | Path, *, max_shard_bytes: int 
         max_shard_bytes: Largest size of a weights file.
 
     Raises:
-        UnsupportedModel: The folder is no ranksearch checkpoint.
+        UnsupportedModel: The folder is no ranksearch checkpoint, or has biases for which the model has no place.
     """
     folder, out = Path(folder), Path(out)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     method = config.pop("quantization_config", None) or {}
     if method.get("quant_method") != METHOD:
         raise UnsupportedModel(f"{folder} is no ranksearch checkpoint, so there is nothing to multiply out.")
+    added = next((name for name, entry in method["targets"].items() if entry.get("bias_added")), None)
+    if added is not None:
+        raise UnsupportedModel(
+            f"{added} was given a bias for which the model itself has no place, so no ordinary dense folder can hold "
+            "it; load the checkpoint with ranksearch.worker.loading.",
+            target=added,
+        )
     tensors = {
         name: Stored(shape=shape, dtype=dtype, load=_from_file(file, name))
         for file in weight_files(folder)

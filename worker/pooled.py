@@ -14,7 +14,7 @@ that was never used counts as used once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,10 +71,18 @@ class Pooled:
 
     def input(self, target: Target) -> Tensor:
         """`n x n` second moment of a target's inputs, per token that it sees."""
-        own, tokens = self._calibration.input(target.name), self._calibration.tokens[target.name]
-        if self._enough(target, own):
+        return self._borrowed(target, "input", self._calibration.inputs)
+
+    def absolute(self, target: Target) -> Tensor:
+        """`n` mean sizes of a target's inputs."""
+        return self._borrowed(target, "absolute", self._calibration.absolute)
+
+    def mean(self, target: Target) -> Tensor:
+        """`n` mean of a target's inputs, its own from the first token on: it is what makes the mean output exact."""
+        own = self._calibration.means[self._calibration.leader[target.name]]
+        if self._calibration.tokens[target.name] or len(self._names(target)) == 1:
             return own
-        return shrink(own, self._mean(target, "input", self._calibration.input, weighted=True), tokens)
+        return self._mean(target, "mean", self._of_leader(self._calibration.means), weighted=True).to(own)
 
     def gradient(self, target: Target) -> Tensor:
         """`m x m` second moment of the gradients at a target's output, per token of the text."""
@@ -84,13 +92,25 @@ class Pooled:
         pooled = self._mean(target, "gradient", self._calibration.gradients.__getitem__, weighted=False)
         return shrink(own / max(1, tokens) * self._calibration.total_tokens, pooled, tokens) * self.share(target)
 
-    def facts(self, target: Target, *, gradients: bool) -> dict[str, Any]:
+    def facts(self, target: Target, *, inputs: bool = True, gradients: bool) -> dict[str, Any]:
         """What a report says: tokens seen and, where there were few, how much is the target's own."""
         tokens = self._calibration.tokens[target.name]
-        sizes = {"input": target.in_features} | ({"output": target.out_features} if gradients else {})
+        sizes = {"input": target.in_features} if inputs else {}
+        sizes |= {"output": target.out_features} if gradients else {}
         shares = {f"{side}_own_share": own_share(tokens, size) for side, size in sizes.items()}
         alone = len(self._names(target)) == 1
         return {"tokens": tokens, **{key: share for key, share in shares.items() if share < 1 and not alone}}
+
+    def _borrowed(self, target: Target, side: str, moments: Mapping[str, Tensor]) -> Tensor:
+        of = self._of_leader(moments)
+        own = of(target.name)
+        if self._enough(target, own):
+            return own
+        peers = self._mean(target, side, of, weighted=True)
+        return shrink(own, peers, self._calibration.tokens[target.name])
+
+    def _of_leader(self, moments: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        return lambda name: moments[self._calibration.leader[name]]
 
     def _names(self, target: Target) -> list[str]:
         return self._peers[target.kind, target.depth]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.targets import Target
 from ranksearch.worker.bank import FactorBank
+from ranksearch.worker.centred_bias import CentredBias
 
 Pair = tuple[Tensor, Tensor]
 """The factors of one target: `left` `m x r` and `right` `r x n`."""
@@ -26,18 +27,21 @@ class PrefixLinear(nn.Module):
     #: Why `fetch_blocks` leaves this layer alone.
     fetches_itself = True
 
-    def __init__(self, dense: nn.Linear, left: Tensor, right: Tensor) -> None:
+    def __init__(self, dense: nn.Linear, left: Tensor, right: Tensor, mean: Tensor | None = None) -> None:
         """Shares everything it is given; nothing is copied.
 
         Args:
             dense: The original layer.
             left: `k x m`, transposed left factor.
             right: `k x n`.
+            mean: `n`, mean of the inputs, if a prefix needs `CentredBias`.
         """
         super().__init__()
         self.dense = dense
         self._factors = (left, right)
         self._prefix: Pair | None = None
+        self._centred = None if mean is None else CentredBias(dense, mean)
+        self._shifted: Tensor | None = None  # the bias of the prefix, if it has one of its own
 
     @property
     def weight(self) -> Tensor:
@@ -46,8 +50,8 @@ class PrefixLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, kept as it is at any rank."""
-        return self.dense.bias
+        """The bias that runs: the dense one at any rank, unless the factors are centred."""
+        return self.dense.bias if self._shifted is None else self._shifted
 
     @property
     def stored(self) -> int:
@@ -58,14 +62,15 @@ class PrefixLinear(nn.Module):
         """Chooses the first `rank` components, or the dense weight for None."""
         left, right = self._factors
         self._prefix = None if rank is None else (left[:rank].mT, right[:rank])
+        self._shifted = self._centred(*self._prefix) if self._centred and self._prefix else None
 
     def set_pair(self, pair: Pair | None) -> None:
         """Runs through other factors, `left` `m x r` and `right` `r x n`, or dense for None."""
-        self._prefix = pair
+        self._prefix, self._shifted = pair, None
 
     def forward(self, x: Tensor) -> Tensor:
         """`... x n` to `... x m`."""
-        bias = None if self.dense.bias is None else self.dense.bias.to(x.device)
+        bias = None if self.bias is None else self.bias.to(x.device)
         if self._prefix is None:
             return F.linear(x, self.dense.weight.to(x.device), bias)
         left, right = self._prefix
@@ -96,15 +101,14 @@ class PrefixModel:
         for name in self._targets:
             dense = model.get_submodule(name)
             assert isinstance(dense, nn.Linear)
-            module = PrefixLinear(
-                dense, bank.left[name].to(dense.weight.dtype), bank.right[name].to(dense.weight.dtype)
-            )
+            left, right = (side[name].to(dense.weight.dtype) for side in (bank.left, bank.right))
+            module = PrefixLinear(dense, left, right, bank.means.get(name))
             self._modules[name] = module.train(dense.training)
         for name, module in self._modules.items():
             model.set_submodule(name, module)
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Chooses a rank for each target; allocates and copies nothing.
+        """Chooses a rank for each target; allocates and copies nothing but the biases of centred factors.
 
         Args:
             ranks: Target -> rank; its full rank, or leaving it out, means dense.

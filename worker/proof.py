@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def prove(
     rows = {"dense": {name: text.dense for name, text in texts.items()}, **_compare(model, bank, texts, vectors)}
     progress(0.6)
     pairs = refined.pair if refined else bank.pair
+    biases = partial(_bias, model, bank) if bank.means and not refined else None
     written = export(
         folder,
         model=model,
@@ -81,11 +83,12 @@ def prove(
         pairs=_on(device, pairs) if spec.method.form == "pivoted" else pairs,
         ranks=dict(refined.ranks if refined else vectors["best"]),
         targets=targets,
+        biases=biases,
         form=spec.method.form,
         dtype=settings.dtype,
         max_shard_bytes=settings.max_shard_bytes,
     )
-    del bank, pairs
+    del bank, pairs, biases
     progress(0.7)
     final, _ = load_model(folder, device=device, trust_remote_code=spec.model.trust_remote_code)
     rows["final"] = {name: text.score(final) for name, text in texts.items()}
@@ -102,6 +105,10 @@ def prove(
         "card": _card(source),
         "auto_class": auto_class(folder, spec.model.trust_remote_code).__name__,
     }
+
+
+def _bias(model: Any, bank: FactorBank, name: str, rank: int) -> Tensor:
+    return bank.bias(name, rank, model.get_submodule(name))
 
 
 def _on(device: torch.device, pairs: Pairs) -> Pairs:

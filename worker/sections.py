@@ -1,8 +1,8 @@
-"""Cutting a model into sections of consecutive blocks whose covariances fit into memory together."""
+"""Cutting a model into sections of consecutive blocks for which what is collected fits into memory together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ class Section:
     passes: list[Groups]
 
 
-def plan_sections(model: nn.Module, groups: Groups, ids: Tensor, *, gradients: bool, limit: int) -> list[Section]:
+def plan_sections(
+    model: nn.Module, groups: Groups, ids: Tensor, *, bytes_of: Callable[[Sequence[Target]], int], limit: int
+) -> list[Section]:
     """Chooses the fewest sections that fit.
 
     A model that fits as a whole, or whose blocks cannot be run one at a time, is one section.
@@ -38,25 +40,25 @@ def plan_sections(model: nn.Module, groups: Groups, ids: Tensor, *, gradients: b
         model: A causal language model.
         groups: Targets that share their inputs, in the model's order.
         ids: Token ids, to try the blocks on.
-        gradients: Whether gradient covariances are collected too.
-        limit: Bytes of fp32 covariances, and of weights that have to be fetched, to hold at once.
+        bytes_of: Of what is collected for one group.
+        limit: Bytes of that, and of weights that have to be fetched, to hold at once.
     """
-    moments = sum(_moment_bytes(group, gradients) for group in groups)
+    moments = sum(bytes_of(group) for group in groups)
     if moments <= limit and not fetched(model):
         return [Section(parts=None, passes=[groups])]
     paths = _paths(model, ids[:1, :16])
     if paths is None:
-        return [Section(parts=None, passes=_split(groups, gradients, limit))]
+        return [Section(parts=None, passes=_split(groups, bytes_of, limit))]
     sections: list[Section] = []
     start, together, used = 0, Groups(), 0
     for index, path in enumerate(paths):
         own = [group for group in groups if f"{group[0].name}.".startswith(f"{path}.")]
-        size = sum(_moment_bytes(group, gradients) for group in own) + _fetched_bytes(model, path)
+        size = sum(bytes_of(group) for group in own) + _fetched_bytes(model, path)
         if index > start and used + size > limit:
-            sections.append(Section(parts=range(start, index), passes=_split(together, gradients, limit)))
+            sections.append(Section(parts=range(start, index), passes=_split(together, bytes_of, limit)))
             start, together, used = index, Groups(), 0
         together, used = together + own, used + size
-    return [*sections, Section(parts=range(start, len(paths)), passes=_split(together, gradients, limit))]
+    return [*sections, Section(parts=range(start, len(paths)), passes=_split(together, bytes_of, limit))]
 
 
 def _paths(model: nn.Module, ids: Tensor) -> list[str] | None:
@@ -67,23 +69,18 @@ def _paths(model: nn.Module, ids: Tensor) -> list[str] | None:
         return None
 
 
-def _split(groups: Groups, gradients: bool, limit: int) -> list[Groups]:
+def _split(groups: Groups, bytes_of: Callable[[Sequence[Target]], int], limit: int) -> list[Groups]:
     """Cuts groups into runs that fit, or that hold a single group."""
     runs: list[Groups] = [[]]
     used = 0
     for group in groups:
-        size = _moment_bytes(group, gradients)
+        size = bytes_of(group)
         if runs[-1] and used + size > limit:
             runs.append([])
             used = 0
         runs[-1].append(group)
         used += size
     return runs
-
-
-def _moment_bytes(group: Sequence[Target], gradients: bool) -> int:
-    outputs: Iterable[Target] = group if gradients else ()
-    return 4 * (group[0].in_features ** 2 + sum(target.out_features**2 for target in outputs))
 
 
 def _fetched_bytes(model: nn.Module, path: str) -> int:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.targets import Target
-from ranksearch.worker.bank import factor
+from ranksearch.worker.factors import factor
 from ranksearch.worker.linalg import DAMPING, Root, square_root
 from ranksearch.worker.placement import held
 from ranksearch.worker.prefix import Pair, PrefixModel

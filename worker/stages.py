@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ranksearch.search.space import RankSpace
 from ranksearch.search.targets import Target
 from ranksearch.worker.fingerprints import bank_fingerprint, calibration_fingerprint
+from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.running_job import RunningJob
 
 Facts = Mapping[str, Any]
@@ -31,11 +32,11 @@ def prepare(run: RunningJob) -> dict[str, Any]:
 
 
 def calibrate(run: RunningJob, prepared: Facts) -> dict[str, Any]:
-    """Collect covariances, unless an earlier job collected the same."""
+    """Collect what the metric needs, unless an earlier job collected the same."""
     metric = run.spec.method.metric
     if metric == "weight":
         return {"fingerprint": None, "calibration": None}
-    fingerprint = calibration_fingerprint(prepared, gradients=metric == "two_sided")
+    fingerprint = calibration_fingerprint(prepared, **asdict(NEEDS[metric]))
     bank = None  # where `factor` will find it begun
     if run.worker.artifacts.find("bank", _bank_fingerprint(run, prepared, fingerprint), job_id=run.id) is None:
         bank = str(run.fresh_folder("ahead") / "bank.safetensors")

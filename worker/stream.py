@@ -36,8 +36,8 @@ class _Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if self.keyword is None:
-            return _first(block(hidden, *self.args, **self.kwargs))
-        return _first(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+            return output_of(block(hidden, *self.args, **self.kwargs))
+        return output_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
 
 
 class BlockStream:
@@ -81,7 +81,7 @@ class BlockStream:
         for batch in self._batches:
             with _first_call(self._block(0)) as seen:
                 self._run_model(batch)
-            yield _hidden(*seen[0])[0]
+            yield hidden_of(*seen[0])[0]
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """What block `index` makes of hidden states `rows x length x d`."""
@@ -149,7 +149,7 @@ class BlockStream:
         hooks: list[Any] = []
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, keyword = _hidden(args, kwargs)
+            hidden, keyword = hidden_of(args, kwargs)
             # values that are not finite are for others to report: here they count as equal
             if last and not torch.equal(last[-1].nan_to_num(), hidden.nan_to_num()):
                 raise UnsupportedModel(f"The blocks of {type(self._model).__name__} do not follow each other directly.")
@@ -157,7 +157,7 @@ class BlockStream:
             calls.append(_Call(args=args if keyword else args[1:], kwargs=rest, keyword=keyword))
 
         def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            last[:] = [_first(output)]
+            last[:] = [output_of(output)]
             if isinstance(output, tuple):
                 calls[-1] = replace(calls[-1], outputs=len(output))
 
@@ -175,7 +175,12 @@ class BlockStream:
         return calls
 
 
-def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str | None]:
+def hidden_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str | None]:
+    """The hidden states that a block is called with, and their name where they are not the first argument.
+
+    Raises:
+        UnsupportedModel: There are none.
+    """
     if args and isinstance(args[0], Tensor):
         return args[0], None
     for name, value in kwargs.items():
@@ -194,7 +199,8 @@ def _same(a: Any, b: Any) -> bool:
     return True  # anything else cannot be told apart, or is no number that a block computes with
 
 
-def _first(output: Any) -> Tensor:
+def output_of(output: Any) -> Tensor:
+    """The hidden states that a block or a part of it returns, alone or before other things."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -203,7 +209,7 @@ def _skipped(block: nn.Module, call: _Call, given: Tensor | None) -> Iterator[No
     """Have a block return the given hidden states, or those it is called with."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)[0] if given is None else given
+        hidden = hidden_of(args, kwargs)[0] if given is None else given
         return hidden if call.outputs is None else (hidden, *[None] * (call.outputs - 1))
 
     own = vars(block).get("forward")

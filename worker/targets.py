@@ -79,6 +79,17 @@ def block_stack(model: nn.Module) -> list[str]:
     return [f"{path}.{depth}" for depth in range(len(stack))]
 
 
+def block_of(model: nn.Module, target: Target) -> str:
+    """Module path of the decoder block that holds a target."""
+    parts = target.name.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        # the outermost list of modules on the way down is the stack of blocks
+        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.ModuleList):
+            return path
+    raise ValueError(f"{target.name} lies in no list of blocks")
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuses a model with NaN or infinite parameters.
 

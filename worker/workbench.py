@@ -24,6 +24,7 @@ from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
+from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
@@ -127,7 +128,7 @@ class Workbench:
     def calibrate(
         self, job: Mapping[str, Any], output: str, bank: str | None = None, *, progress: Progress
     ) -> dict[str, Any]:
-        """Collect covariances on the calibration blocks and write them to a file.
+        """Collect what the metric needs on the calibration blocks and write it to a file.
 
         With a place for a bank, targets are factored beside it if it takes several sections; `factor` takes that over.
         """
@@ -141,7 +142,7 @@ class Workbench:
             model,
             targets,
             load_blocks(job["blocks"])["calibration"],
-            gradients=spec.method.metric == "two_sided",
+            **asdict(NEEDS[spec.method.metric]),
             file=output,
             scratch=job["cache_dir"],
             progress=progress,

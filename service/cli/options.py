@@ -40,7 +40,12 @@ TestFiles = Annotated[
 ]
 Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration sequences.", rich_help_panel=SPEC)]
 Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens per sequence.", rich_help_panel=SPEC)]
-Metric = Annotated[str | None, typer.Option("--metric", help="two_sided, feature, weight.", rich_help_panel=SPEC)]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", help="two_sided, feature, weight, centred, activation, fisher, attribution.", rich_help_panel=SPEC
+    ),
+]
 Form = Annotated[str | None, typer.Option("--form", help="factored or pivoted.", rich_help_panel=SPEC)]
 Refine = Annotated[
     str | None,

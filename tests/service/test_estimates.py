@@ -164,3 +164,12 @@ def test_an_estimate_refuses_what_a_job_would(client: TestClient, body: dict[str
     write_model(allowed / "flat", {"w": np.zeros((2, 2), np.float32)})
     flat = client.post("/v1/estimates", json={**body, "model": {"source": str(allowed / "flat")}})
     assert (flat.status_code, flat.json()["code"]) == (422, "unsupported_model")
+
+
+def test_an_estimate_knows_what_each_metric_collects(client: TestClient, body: dict[str, Any]) -> None:
+    metrics = ("weight", "activation", "fisher", "feature", "centred", "two_sided", "attribution")
+    answers = {m: client.post("/v1/estimates", json={**body, "method": {"metric": m}}).json() for m in metrics}
+    collected = {metric: answer["disk"]["calibration_bytes"] for metric, answer in answers.items()}
+    assert 0 == collected["weight"] < collected["activation"] < collected["fisher"]
+    assert collected["fisher"] < collected["feature"] == collected["centred"] < collected["two_sided"]
+    assert collected["attribution"] == 4 * answers["attribution"]["parameters"]["targets"]

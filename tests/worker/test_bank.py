@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from ranksearch.search.errors import InvalidInput, NumericalError
-from ranksearch.worker.bank import FactorBank, build_bank, factor
+from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.calibrate import calibrate
 from ranksearch.worker.evaluate import Evaluation
+from ranksearch.worker.factors import factor
 from ranksearch.worker.linalg import square_root
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets

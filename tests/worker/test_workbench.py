@@ -126,3 +126,23 @@ def test_the_checkpoint_computes_what_the_search_scored(
     perplexities = [proof["scores"][row]["evaluation"]["perplexity"] for row in ("best", "final")]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5 if dtype == "float32" else 0.02)
     assert scored["part"]["perplexity"] > 0
+
+
+@pytest.mark.parametrize("metric", ["centred", "activation", "fisher", "attribution"])
+def test_a_checkpoint_of_a_published_metric_scores_like_its_trial(
+    job: dict[str, Any], tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_SPEED_SECONDS", "0.01")
+    spec = {**job["spec"], "method": {"metric": metric}}
+    later, bench = prepared({**job, "spec": spec}, tmp_path), Workbench("cpu")
+    for operation, kind in ((bench.calibrate, "calibration"), (bench.factor, "bank")):
+        operation(later, str(tmp_path / kind), progress=print)
+        later[kind] = str(tmp_path / kind)
+    bank = FactorBank.load(tmp_path / "bank")
+    assert all(0 < fact["similarity"] <= 1 for fact in bank.facts.values())
+    targets = bench.prepare(later, str(tmp_path / "again"), progress=print)["targets"]
+    space = RankSpace.of(JobSpec.model_validate(spec).method, (Target(**target) for target in targets))
+    vectors = {"best": space.as_dict(uniform(space, 0.5))}
+    proof = bench.finish(later, vectors, str(tmp_path / "checkpoint"), progress=print)
+    best, final = (proof["scores"][row]["evaluation"] for row in ("best", "final"))
+    assert final == pytest.approx(best, rel=1e-4)
