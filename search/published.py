@@ -141,7 +141,7 @@ def sublayers(targets: Sequence[Target]) -> Ranks:
 
 
 def sublayer_budgets(space: RankSpace, kept: float, members: Ranks, similarity: Mapping[str, float]) -> Ranks:
-    """Parameters that each sublayer may keep, `(sublayers,)`: as (1 - cosine) * parameters, dense at most.
+    """Parameters that each sublayer may keep, `(sublayers,)`: as (1 - cosine)^(1/2) * parameters, dense at most.
 
     Raises:
         InvalidInput: There is no similarity for some target.
@@ -152,7 +152,8 @@ def sublayer_budgets(space: RankSpace, kept: float, members: Ranks, similarity: 
             f"has none for {missing[0]}; take another calibration.seed, which makes a new one.",
             target=missing[0],
         )
-    changes = np.array([max(1.0 - similarity[t.name], _LEAST) for t in space.targets])
+    # as the angle between what goes in and out; without the root the first block takes nearly everything
+    changes = np.sqrt([max(1.0 - similarity[t.name], _LEAST) for t in space.targets])
     importance = np.bincount(members, weights=changes) / np.bincount(members)
     least = np.bincount(members, weights=space.costs(space.low_ranks)).astype(np.float64)
     dense = np.bincount(members, weights=space.dense_costs).astype(np.float64)

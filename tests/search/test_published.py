@@ -96,7 +96,7 @@ def test_mgaa_gives_sublayers_their_share_and_equal_energy_within() -> None:
     assert len(set(members)) == 8
     allotted = sublayer_budgets(SPACE, kept, members, SIMILARITY)
     dense = np.bincount(members, weights=SPACE.dense_costs)
-    change = np.bincount(members, weights=[1 - SIMILARITY[t.name] for t in SPACE.targets]) / np.bincount(members)
+    change = np.bincount(members, weights=[(1 - SIMILARITY[t.name]) ** 0.5 for t in SPACE.targets]) / np.bincount(members)
     free = allotted < dense - 1
     factor = allotted[free] / dense[free] / change[free]
     np.testing.assert_allclose(factor, factor[0], rtol=1e-3)
