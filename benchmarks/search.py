@@ -6,8 +6,9 @@
 A model's problem is the perplexity of its evaluation blocks on one factor bank in metric two_sided; all samplers see
 the same bank and the same text, seeds are those of the samplers. The table holds the excess ln(perplexity / dense
 perplexity) of the best vector after so many evaluations, and at last that of the final vector on the test text, which
-no sampler sees. A synthetic problem (tests/search/synthetic.py) has a hidden optimum; its table holds the share of the
-way from the prior to it, in percent; seeds are also those of the problem. All samplers meet the budget exactly.
+no sampler sees. Published searches start from uniform, all others from the prior. A synthetic problem
+(tests/search/synthetic.py) has a hidden optimum; its table holds the share of the way from the prior to it, in percent;
+seeds are also those of the problem. All samplers meet the budget exactly.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 import optuna
 import torch
 
+from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
@@ -175,6 +177,7 @@ def run(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any
         spectra=problem.spectra,
         spec=Search.model_validate({"trials": trials, "pruner": "none", "seed": seed, "sampler": sampler}),
         dense_score=problem.dense,
+        preset=sampler if sampler in PRESETS else "ranksearch",
     )
     curve: list[float] = []
     asking = []
