@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import ATTEMPTS, POINT, Draw, stable, taken
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.probes import Probes, planned_trials
+from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
 from ranksearch.search.published import closed_form
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search
@@ -126,10 +126,7 @@ class RankStudy:
         )
         self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
         self._describe(job_id, model)
-        self._pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-        if spec.pruner == "wilcoxon":
-            with stable():
-                self._pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05)
+        self._losses: dict[int, list[float]] = {}
 
     @cached_property
     def planned(self) -> int:
@@ -204,27 +201,30 @@ class RankStudy:
         """Finish a trial that has no score. Its vector is not proposed again."""
         self._finish(number, TrialState.FAIL, {"error": reason[:1000]})
 
-    def report(self, number: int, step: int, value: float) -> bool:
-        """Record the score of one chunk of the evaluation set.
+    def report(self, number: int, step: int, losses: Sequence[float]) -> bool:
+        """Record the losses of one chunk of the evaluation set.
 
         Args:
             number: Trial number.
-            step: Chunk index; the same text for every trial.
-            value: The chunk's own mean loss in nats per token: negative log-likelihood, or KL for objective `kl`.
+            step: Chunk index, from 0 on; the same text for every trial.
+            losses: Mean loss of each of its sequences in nats per token: negative log-likelihood, or KL for objective
+                `kl`.
 
         Returns:
-            Whether to stop: the trial is worse than the best one over the chunks both have (Wilcoxon's signed-rank
-            test). Only vectors of a search are stopped.
+            Whether to stop: the trial is worse than the best one over the sequences both have (`is_worse`). Only
+            vectors of a search are stopped.
         """
         trial = self._storage.get_trial(self._trial_id(number))
         if trial.state.is_finished():
             return False
-        self._storage.set_trial_intermediate_value(trial._trial_id, step, float(value))
-        if trial.user_attrs.get("origin") != "search":
+        self._storage.set_trial_intermediate_value(trial._trial_id, step, float(np.mean(losses)))
+        known = self._losses.get(number, []) if step else []
+        self._losses[number] = [*known, *losses]
+        best = best_trial(self._storage, self._study_id)
+        packed = best.system_attrs.get(LOSSES) if best is not None else None
+        if packed is None or self.spec.pruner == "none" or trial.user_attrs.get("origin") != "search":
             return False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self._pruner.prune(self._study, self._storage.get_trial(trial._trial_id))
+        return is_worse(self._losses[number], unpack_losses(packed))
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Draw | None, str]:
         if self._preset.ranks == "closed form":
@@ -340,6 +340,8 @@ class RankStudy:
             return
         try:
             self._storage.set_trial_user_attr(trial_id, RESULT, result)
+            if (losses := self._losses.pop(number, None)) is not None and state == TrialState.COMPLETE:
+                self._storage.set_trial_system_attr(trial_id, LOSSES, pack_losses(losses))
             self._storage.set_trial_state_values(trial_id, state, values)
         except optuna.exceptions.UpdateFinishedTrialError:
             # another worker finished it between the two lines above; the first result stands

@@ -42,21 +42,22 @@ class Scores:
         perplexity: exp of the mean negative log-likelihood over all predicted tokens.
         kl: Mean KL(dense || model) over the same tokens, nats.
         nll: Mean negative log-likelihood per predicted token of each sequence, nats.
+        divergence: Mean KL per predicted token of each sequence, nats.
         tokens: Predicted tokens.
     """
 
     perplexity: float
     kl: float
     nll: list[float]
+    divergence: list[float]
     tokens: int
 
     @classmethod
     def union(cls, parts: Sequence[Scores]) -> Scores:
         """Scores of all sequences together; every sequence is of the same length."""
-        nll = [value for part in parts for value in part.nll]
+        nll, divergence = ([value for part in parts for value in getattr(part, name)] for name in ("nll", "divergence"))
         tokens = sum(part.tokens for part in parts)
-        kl = math.fsum(part.kl * part.tokens for part in parts) / tokens
-        return cls(perplexity=_perplexity(nll), kl=kl, nll=nll, tokens=tokens)
+        return cls(perplexity=_perplexity(nll), kl=_mean(divergence), nll=nll, divergence=divergence, tokens=tokens)
 
 
 class Evaluation:
@@ -149,7 +150,7 @@ class Evaluation:
         if not all(map(math.isfinite, nll + kl)):
             raise NumericalError("The scores are not finite: the model's logits hold NaN or infinite values.")
         tokens = len(nll) * (self._blocks.shape[1] - 1)
-        return Scores(perplexity=_perplexity(nll), kl=math.fsum(kl) / len(kl), nll=nll, tokens=tokens)
+        return Scores(perplexity=_perplexity(nll), kl=_mean(kl), nll=nll, divergence=kl, tokens=tokens)
 
     def _readout_of(self, model: nn.Module) -> Readout:
         if model is self._model:
@@ -218,8 +219,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() * b.float()).sum(-1)
 
 
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
 def _perplexity(nll: Sequence[float]) -> float:
-    mean = math.fsum(nll) / len(nll)
+    mean = _mean(nll)
     return math.exp(mean) if mean < 700 else math.inf
 
 

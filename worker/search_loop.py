@@ -7,7 +7,6 @@ interrupted is offered first.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -116,9 +115,7 @@ class _Search:
             if "total" in reply:
                 total: dict[str, float] = reply["total"]
                 return total
-            part = reply["part"]
-            loss = part["kl"] if self._spec.objective == "kl" else math.log(part["perplexity"])
-            if self._study.report(proposal.number, step, loss):
+            if self._study.report(proposal.number, step, reply["losses"]):
                 return None
             step += 1
 

@@ -175,7 +175,8 @@ class Workbench:
         """Score the next part of the evaluation blocks at a rank vector; part 0 begins a trial.
 
         Returns:
-            `{"part": scores}`, or after the last part `{"total": scores}`.
+            `{"losses": [...]}`, the objective of each sequence in nats per token, or after the last part
+            `{"total": scores}`.
 
         Raises:
             RanksearchError: This process has not begun the trial.
@@ -192,7 +193,7 @@ class Workbench:
             self._trial = None
             return {"total": brief(Scores.union(parts))}
         parts.append(part)
-        return {"part": brief(part)}
+        return {"losses": part.divergence if _spec(job).search.objective == "kl" else part.nll}
 
     def refine(
         self, job: Mapping[str, Any], ranks: Mapping[str, int], kept: float, output: str, *, progress: Progress

@@ -102,7 +102,7 @@ def test_probes_come_first_and_are_never_the_best(preset: str, form: str) -> Non
         np.testing.assert_array_equal(proposal.ranks, left.ranks)
         if proposal.origin == "probe":
             assert (proposal.ranks != base).sum() <= 1
-            assert again.report(proposal.number, 0, 50.0) is False
+            assert again.report(proposal.number, 0, [50.0] * 8) is False
         tell(again, proposal.number, proposal.ranks)
     rows = study.history()
     assert [row["origin"] for row in rows] == ["probe"] * (planned - 1) + [preset]

@@ -96,7 +96,9 @@ def test_mgaa_gives_sublayers_their_share_and_equal_energy_within() -> None:
     assert len(set(members)) == 8
     allotted = sublayer_budgets(SPACE, kept, members, SIMILARITY)
     dense = np.bincount(members, weights=SPACE.dense_costs)
-    change = np.bincount(members, weights=[(1 - SIMILARITY[t.name]) ** 0.5 for t in SPACE.targets]) / np.bincount(members)
+    change = np.bincount(members, weights=[(1 - SIMILARITY[t.name]) ** 0.5 for t in SPACE.targets]) / np.bincount(
+        members
+    )
     free = allotted < dense - 1
     factor = allotted[free] / dense[free] / change[free]
     np.testing.assert_allclose(factor, factor[0], rtol=1e-3)
@@ -140,7 +142,7 @@ def test_a_formula_takes_one_exact_trial(space: RankSpace, preset: str, kept: fl
     assert proposal is not None
     assert (study.planned, study.required, proposal.number, proposal.origin) == (1, 1, 0, preset)
     assert space.is_exact(proposal.ranks, kept)
-    assert study.report(0, 0, 1.0) is False
+    assert study.report(0, 0, [1.0]) is False
     study.tell(0, score=2.0, scores={}, seconds=0.1, worker="w")
     assert study.ask() is None
     assert study.best is not None

@@ -105,7 +105,7 @@ def test_telling_twice_changes_nothing(open_storage: Callable[[], optuna.storage
     before = study.history()
     study.tell(proposal.number, score=1.0, scores={}, seconds=9.0, worker="other")
     study.tell_failed(proposal.number, "late")
-    assert study.report(proposal.number, 0, 1.0) is False
+    assert study.report(proposal.number, 0, [1.0]) is False
     assert study.history() == before
 
 
@@ -114,7 +114,7 @@ def test_rows_carry_what_the_api_shows(open_storage: Callable[[], optuna.storage
     for _ in range(3):
         proposal = study.ask()
         assert proposal is not None
-        study.report(proposal.number, 0, 2.5)
+        study.report(proposal.number, 0, [2.0, 3.0])
         if proposal.number < 2:
             tell(study, proposal.number, proposal.ranks)
     study.tell_failed(2, "out of memory")
@@ -166,20 +166,22 @@ def test_a_space_with_one_vector_ends_after_it() -> None:
 
 def test_clearly_worse_trials_are_pruned_but_never_the_first_two() -> None:
     study = open_study(optuna.storages.InMemoryStorage(), pruner="wilcoxon", trials=4)
-    noise = np.random.default_rng(0).standard_normal(8)
+    texts = np.random.default_rng(0).standard_normal((8, 4))
+    noise = 0.1 * np.random.default_rng(1).standard_normal((8, 4))
     for offset in (1.0, 3.0):
         proposal = study.ask()
         assert proposal is not None
-        assert not any(study.report(proposal.number, s, 3 + 0.1 * noise[s] + offset) for s in range(8))
+        assert not any(study.report(proposal.number, s, 3 + texts[s] + offset) for s in range(8))
         study.tell(proposal.number, score=float(np.exp(3 + offset)), scores={}, seconds=1, worker="w")
     worse = study.ask()
     assert worse is not None
-    stops = [study.report(worse.number, s, 3 + 0.1 * noise[s] + 2.0) for s in range(8)]
-    assert stops.index(True) < 7
+    stops = [study.report(worse.number, s, 3 + texts[s] + noise[s] + 1.2) for s in range(8)]
+    assert stops.index(True) < 3  # four sequences a part: more than parts alone could tell
+    assert study.history()[2]["intermediate"]["0"] == pytest.approx(np.mean(3 + texts[0] + noise[0] + 1.2))
     study.tell_pruned(worse.number, seconds=0.5, worker="w")
     better = study.ask()
     assert better is not None
-    assert not any(study.report(better.number, s, 3 + 0.1 * noise[s] + 0.5) for s in range(8))
+    assert not any(study.report(better.number, s, 3 + texts[s] + noise[s] + 0.5) for s in range(8))
     assert study.history()[2]["state"] == "PRUNED"
     assert study.history()[2]["score"] is None
 
