@@ -60,10 +60,16 @@ def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace 
     )
 
 
+def may_be_best(state: str, origin: str | None) -> bool:
+    """Whether a trial of this state and origin may be the best: probes are off the budget."""
+    return state == TrialState.COMPLETE.name and origin != PROBE
+
+
 def best_trial(storage: BaseStorage, study_id: int) -> FrozenTrial | None:
-    """The complete trial with the smallest score, the first one on ties; probes are off budget and never the best."""
+    """The complete trial with the smallest score, the first one on ties."""
     trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    scored = [(t.value, t.number, t) for t in trials if t.value is not None and t.user_attrs.get("origin") != PROBE]
+    able = (t for t in trials if may_be_best(t.state.name, t.user_attrs.get("origin")))
+    scored = [(t.value, t.number, t) for t in able if t.value is not None]
     return min(scored)[2] if scored else None
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-ROWS: Final = ("uniform", "prior", "final")
+#: What is held against the dense model.
+ALLOCATIONS: Final = ("uniform", "prior", "final")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +72,12 @@ def front(report: Mapping[str, Any]) -> list[Point]:
 def _point(budget: Mapping[str, Any], text: str) -> Point:
     rows = {row: _on(scores, text) for row, scores in budget["scores"].items()}
     dense = rows.get("dense", {}).get("perplexity")
-    excess = {row: found for row in ROWS if (found := _excess(rows.get(row, {}), dense)) is not None}
+    excess = {row: found for row in ALLOCATIONS if (found := _excess(rows.get(row, {}), dense)) is not None}
     return Point(
         kept=budget["kept"],
         parameters=budget["parameters"]["model"],
         disk=budget["bytes"]["disk"],
-        perplexity={row: rows.get(row, {}).get("perplexity") for row in ("dense", *ROWS)},
+        perplexity={row: rows.get(row, {}).get("perplexity") for row in ("dense", *ALLOCATIONS)},
         excess=excess,
         kl=rows.get("final", {}).get("kl"),
         decode=((budget.get("speed") or {}).get("after") or {}).get("decode_tokens_per_second"),

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ranksearch.search.errors import InvalidInput
-from ranksearch.search.presets import PROBE
 from ranksearch.search.spec import budget_label
-from ranksearch.service.front import ROWS, Excess, front, text_of
+from ranksearch.search.trials import may_be_best
+from ranksearch.service.front import ALLOCATIONS, Excess, front, text_of
 
 PICTURES = (".svg", ".png", ".pdf")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
@@ -27,9 +27,9 @@ def check_picture(path: Path) -> None:
     """Refuse a file that could not be drawn, before hours are spent on what it shows.
 
     Raises:
-        InvalidInput: The ending names no format, the folder is not there, or matplotlib is missing.
+        InvalidInput: The ending names no format, it is a folder or in one that is not there, or matplotlib is missing.
     """
-    if path.suffix not in PICTURES or not path.absolute().parent.is_dir():
+    if path.suffix not in PICTURES or path.is_dir() or not path.absolute().parent.is_dir():
         raise InvalidInput(f"--plot {path}: name a file in an existing folder that ends in {', '.join(PICTURES)}")
     if find_spec("matplotlib") is None:
         raise InvalidInput("--plot draws with matplotlib, which is missing here: pip install matplotlib")
@@ -43,7 +43,7 @@ def plot_search(report: dict[str, Any], path: Path) -> None:
     for place, (budget, colour) in enumerate(zip(budgets, COLOURS * len(budgets), strict=False)):
         axes = figure.add_subplot(len(budgets), 1, place + 1)
         _panel(axes, budget, objective, colour)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_methods(curves: Mapping[float, Curves], objective: str, path: Path) -> None:
@@ -62,7 +62,7 @@ def plot_methods(curves: Mapping[float, Curves], objective: str, path: Path) -> 
         axes.set_ylabel(f"best {objective} on the evaluation text")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def _curve(axes: Any, method: str, runs: Sequence[Sequence[float]], colour: str, length: int) -> None:
@@ -89,9 +89,16 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> None:
-    complete = [t for t in budget["history"] if t.get("score") is not None and t["state"] == "COMPLETE"]
-    trials = [t for t in complete if t["origin"] != PROBE]
+    scored = [t for t in budget["history"] if t.get("score") is not None]
+    trials = [t for t in scored if may_be_best(t["state"], t["origin"])]
     numbers, scores = [t["number"] for t in trials], [t["score"] for t in trials]
     axes.plot(numbers, scores, "o", color=colour, alpha=0.55, markersize=4.5, label="trial")
     axes.step(numbers, list(accumulate(scores, min)), where="post", color=colour, linewidth=1.8, label="best so far")
@@ -124,7 +131,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
     points = front(report)
     figure = _figure(7.0, 4.2)
     axes = figure.add_subplot()
-    for row, colour, mark in zip(ROWS, ("gray", COLOURS[0], COLOURS[1]), "sDo", strict=True):
+    for row, colour, mark in zip(ALLOCATIONS, ("gray", COLOURS[0], COLOURS[1]), "sDo", strict=True):
         drawn = [(point.kept, point.excess[row]) for point in points if row in point.excess]
         kept, excess = [k for k, _ in drawn], [e for _, e in drawn]
         bars = [[_length(e, end) for e in excess] for end in (0, 1)]
@@ -133,7 +140,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(f"excess on {text_of(report)}, nats per token")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def _length(excess: Excess, end: int) -> float:

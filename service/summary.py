@@ -24,7 +24,7 @@ def score_table(report: dict[str, Any]) -> Table:
     )
     grid = _grid("kept", "ranks")
     for heading in ("evaluation", *tests):
-        grid.add_column(f"{heading} perplexity", justify="right")
+        grid.add_column(Text(f"{heading} perplexity"), justify="right")
         grid.add_column("KL", justify="right")
     for budget in budgets:
         for row in ROWS:

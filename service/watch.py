@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.search.presets import PROBE
 from ranksearch.search.spec import budget_label
+from ranksearch.search.trials import may_be_best
 from ranksearch.service.client import FINISHED, JSON, Client, Event
 from ranksearch.service.figures import duration, number
 from ranksearch.service.summary import refine_line
@@ -40,7 +40,7 @@ class Progress:
 
     def __init__(self, spec: JSON) -> None:
         self.objective = spec["search"]["objective"]
-        self.trials = int(spec["search"]["trials"])
+        self.planned: int | None = None  # trials per budget; a preset may take fewer or more than the spec's
         self.budgets = {budget_label(kept): Budget() for kept in spec["budget"]["kept"]}
         self.stage: str | None = None
         self._stage_began: datetime | None = None
@@ -52,6 +52,11 @@ class Progress:
             return _plain(event)
         line: str | None = describe(event.data, time_)
         return line
+
+    def done(self, *budgets: Budget) -> str:
+        """Trials of these budgets, finished/planned; without a total until a trial has said how many are planned."""
+        finished = sum(budget.finished for budget in budgets)
+        return f"{finished}/{self.planned * len(budgets)}" if self.planned else str(finished)
 
     @property
     def finished_trials(self) -> int:
@@ -93,15 +98,13 @@ class Progress:
         state = data["state"]
         if score is not None and origin in ("prior", "uniform"):
             budget.scores[origin] = score
-        on_budget = state == "COMPLETE" and origin != PROBE
-        if score is not None and on_budget and (budget.best is None or score < budget.best):
+        if score is not None and may_be_best(state, origin) and (budget.best is None or score < budget.best):
             budget.best, budget.best_trial = score, data.get("number")
         kind = f" {origin}" if origin != "search" else ""
         outcome = f"{self.objective} {number(score)}" if state == "COMPLETE" else state.lower()
         best = f", best {number(budget.best)}" if budget.best is not None else ""
-        self.trials = int(data.get("planned") or self.trials)
-        done = f"{budget.finished}/{self.trials}"
-        return f"trial {done:<7} kept {budget_label(float(data['kept']))}{kind}: {outcome}{best}"
+        self.planned = data.get("planned", self.planned)
+        return f"trial {self.done(budget):<7} kept {budget_label(float(data['kept']))}{kind}: {outcome}{best}"
 
     def _on_refined(self, data: JSON, _time: datetime | None) -> str:
         kept = f", kept {budget_label(float(data['kept']))}" if len(self.budgets) > 1 else ""
@@ -206,7 +209,7 @@ def _picture(job: JSON, progress: Progress) -> RenderableType:
     left = f"{duration(eta)} left" if eta is not None else ""
     done = ""
     if job.get("stage") == "search":
-        done = f"trial {progress.finished_trials}/{progress.trials * len(progress.budgets)}"
+        done = f"trial {progress.done(*progress.budgets.values())}"
     bar = ProgressBar(total=1.0, completed=float(job.get("progress") or 0.0), width=32)
     head.add_row(Text(f"  {job.get('stage') or job['status']:<10}", style="bold"), bar, done, left)
     rows: list[RenderableType] = [head]

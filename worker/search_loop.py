@@ -14,8 +14,8 @@ from typing import Any
 import optuna
 
 from ranksearch.search.errors import NumericalError
-from ranksearch.search.presets import PROBE
 from ranksearch.search.study import Proposal, RankStudy
+from ranksearch.search.trials import may_be_best
 from ranksearch.service.store.database import optuna_storage
 from ranksearch.worker.running_job import RunningJob
 from ranksearch.worker.stages import Ground
@@ -146,9 +146,9 @@ class _Search:
             if row[key] is not None
         }
         run.tell("trial", **{"kept": study.kept, "planned": study.planned, **shown, "scores": row["scores"]})
-        complete = [row for row in rows if row["state"] == "COMPLETE" and row["origin"] != PROBE]
-        if complete:
-            best = min(complete, key=lambda row: (row["score"], row["number"]))
+        able = [row for row in rows if may_be_best(row["state"], row["origin"])]
+        if able:
+            best = min(able, key=lambda row: (row["score"], row["number"]))
             run.set_best(study.kept, best["score"], best["number"])
         self._say_progress()
 

@@ -80,7 +80,7 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """An empty table in the house's look; columns named in `right` hold numbers."""
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        grid.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        grid.add_column(Text(column), justify="right" if column in right else "left", no_wrap=True)
     return grid
 
 

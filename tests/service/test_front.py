@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import xml.etree.ElementTree as ElementTree
 from io import StringIO
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
+from ranksearch.search.errors import InvalidInput
 from ranksearch.service.front import Excess, front, text_of
-from ranksearch.service.plot import plot_front
-from ranksearch.service.summary import front_table
+from ranksearch.service.plot import check_picture, plot_front
+from ranksearch.service.summary import front_table, score_table
 
 DENSE = 10.0
 #: Kept -> excess of the checkpoint; 0.6 is larger and worse than 0.4.
@@ -48,9 +51,9 @@ def report_of(half: float | None) -> dict[str, Any]:
     return {"budgets": budgets}
 
 
-def printed(report: dict[str, Any]) -> str:
+def printed(table: Table) -> str:
     console = Console(width=200, file=StringIO(), record=True)
-    console.print(front_table(report))
+    console.print(table)
     return console.export_text()
 
 
@@ -85,13 +88,29 @@ def test_without_a_test_text_the_front_is_read_on_the_evaluation_text() -> None:
 
 
 def test_the_table_marks_what_is_dominated() -> None:
-    lines = printed(report_of(0.01)).splitlines()
+    lines = printed(front_table(report_of(0.01))).splitlines()
     (row,) = (line for line in lines if line.startswith("0.6"))
     for words in ("600,000", "2.4 MiB", "10.000", "12.840", "0.2500 [0.2400, 0.2600]", "0.1250", "123"):
         assert words in row
     assert row.rstrip().endswith("dominated by 0.4")
     assert sum("dominated" in line for line in lines) == 1
-    assert "0.2500 " in printed(report_of(None))
+    assert "0.2500 " in printed(front_table(report_of(None)))
+
+
+def test_the_name_of_a_text_is_no_markup() -> None:
+    report = json.loads(json.dumps(report_of(0.01)).replace("t.txt", "a[/b].txt"))
+    assert "a[/b].txt perplexity" in printed(score_table(report))
+    assert "front on a[/b].txt" in printed(front_table(report))
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "front.svg"
+    folder.mkdir()
+    with pytest.raises(InvalidInput, match="name a file"):
+        check_picture(folder)
+    with pytest.raises(InvalidInput, match=r"cannot write .*front\.svg"):
+        plot_front(report_of(0.01), folder)
 
 
 @pytest.mark.parametrize("half", [0.01, None])
