@@ -3,90 +3,122 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, get_args
 
 from pydantic import ValidationError
 
 from ranksearch.search.errors import InvalidInput
-from ranksearch.search.presets import PROBE
-from ranksearch.search.spec import JobSpec, Method, Step
+from ranksearch.search.presets import PRESETS
+from ranksearch.search.spec import JobSpec, Step, budget_label
 from ranksearch.search.targets import Form
+from ranksearch.search.trials import may_be_best
 
-PRESETS: Final[tuple[str, ...]] = get_args(Method.model_fields["preset"].annotation)
 FORMS: Final[tuple[str, ...]] = get_args(Form)
 STEPS: Final[tuple[str, ...]] = get_args(Step)
-#: What a preset may bring with it, and then refuses in a spec.
-BROUGHT: Final = (("method", "metric"), ("search", "sampler"))
+#: What the jobs of one method may differ in, and what its name says already.
+APART: Final = ("name", "budget.kept", "search.seed", "calibration.seed")
+NAMED: Final = ("method.preset", "method.form", "method.refine")
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One method with one seed, and the spec of its job.
-
-    Attributes:
-        method: As it was asked for: `NAME[/FORM][+STEP...]`.
-        seed: Of the search.
-        spec: What is submitted.
-    """
-
-    method: str
-    seed: int
-    spec: dict[str, Any]
-
-
 def contenders(
     base: Mapping[str, Any], methods: Sequence[str], kept: Sequence[float] | None, seeds: Sequence[int] | None
-) -> list[Contender]:
-    """Every method with every seed, checked before anything is submitted.
+) -> list[dict[str, Any]]:
+    """The specs of every method with every seed, checked before anything is submitted.
 
     Args:
-        base: The spec that all share.
+        base: The spec that all share; a preset's own metric and sampler take the place of its.
         methods: Their names, `NAME[/FORM][+STEP...]`.
         kept: Budgets in place of the spec's own.
         seeds: Of the search, in place of the spec's own.
 
     Raises:
-        InvalidInput: There is no such method, one is named twice, or it does not go with the spec.
+        InvalidInput: There is no such method, two of them are the same, or one does not go with the spec.
     """
-    if not methods or len(set(methods)) < len(methods):
-        raise InvalidInput("--methods: name at least one method, and each of them once")
-    found = []
+    found: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
     for name in methods:
-        changed = _with_method(base, name)
+        spec = _with_method(base, name)
         if kept is not None:
-            changed["budget"] = {"kept": list(kept)}
-        search = _part(base, "search")
-        for seed in seeds or [search.get("seed", 0)]:
-            document = {**changed, "search": {**search, "seed": seed}}
-            document["name"] = f"{base['name']}: {name}" if base.get("name") else name
-            found.append(Contender(method=name, seed=seed, spec=_fitting(name, document)))
+            spec["budget"] = {"kept": list(kept)}
+        for seed in seeds or [spec["search"].get("seed", 0)]:
+            document = {**spec, "search": {**spec["search"], "seed": seed}}
+            same = names.setdefault(_checked(name, document).model_dump_json(exclude={"name"}), name)
+            if same != name:
+                raise InvalidInput(f"--methods: {same} and {name} are the same job with this spec; name one of them")
+            found.append(document)
     return found
 
 
-def name_of(spec: Mapping[str, Any]) -> str:
-    """The method of a job that was submitted before, written as `contenders` reads it."""
-    method = spec["method"]
+def names_of(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the method of each job is called: `PRESET[/FORM][+STEP...]`, and where two of that name differ, in what.
+
+    Jobs of one name differ in seeds, budgets and their own names only.
+
+    Args:
+        specs: Job id -> its spec, complete.
+
+    Raises:
+        InvalidInput: They are of different models or test texts.
+    """
+    for what, of in (("models", _model), ("test texts", lambda spec: spec["evaluation"]["test"])):
+        if any(of(spec) != of(other) for spec in specs.values() for other in specs.values()):
+            raise InvalidInput(f"the jobs have different {what}, so their scores cannot be compared; leave some out")
+    fields = {job: dict(_fields(spec)) for job, spec in specs.items()}
+    names = {job: _name(spec["method"]) for job, spec in specs.items()}
+    return {job: " ".join((names[job], *_differing(job, names, fields))) for job in specs}
+
+
+def _model(spec: Mapping[str, Any]) -> tuple[Any, Any]:
+    return spec["model"]["source"], spec["model"]["revision"]
+
+
+def _name(method: Mapping[str, Any]) -> str:
     form = "" if method["form"] == FORMS[0] else f"/{method['form']}"
     return "+".join((f"{method['preset']}{form}", *method["refine"]))
+
+
+def _fields(part: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Every field that makes a method, as `--set` takes it: its path and its value."""
+    for name, value in part.items():
+        path = f"{above}{name}"
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{path}.")
+        elif path not in (*APART, *NAMED):
+            yield path, value if isinstance(value, str) else json.dumps(value)
+
+
+def _differing(job: str, names: Mapping[str, str], fields: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    others = [fields[other] for other, name in names.items() if name == names[job]]
+    for path, value in fields[job].items():
+        if any(other.get(path) != value for other in others):
+            yield f"{path}={value}"
 
 
 def _with_method(base: Mapping[str, Any], name: str) -> dict[str, Any]:
     head, *steps = name.split("+")
     preset, slash, form = head.partition("/")
-    _known("method", preset, PRESETS)
+    _known("method", preset, [*PRESETS])
     for step in steps:
         _known("step", step, STEPS)
-    own = _part(base, "method")
-    method = {**own, "preset": preset, "refine": [*own.get("refine", ()), *steps]}
+    method, search = _part(base, "method"), _part(base, "search")
+    refine = method.get("refine", [])
+    if not isinstance(refine, list):
+        raise InvalidInput("method.refine of the spec holds no list of steps; write [] for none")
+    if PRESETS[preset].metric:
+        method.pop("metric", None)
+    if PRESETS[preset].sampler:
+        search.pop("sampler", None)
+    method |= {"preset": preset, "refine": [*refine, *steps]}
     if slash:
         _known("form", form, FORMS)
         method["form"] = form
-    return {**copy.deepcopy(dict(base)), "method": method}
+    named = f"{base['name']}: {name}" if base.get("name") else name
+    return {**copy.deepcopy(dict(base)), "name": named, "method": method, "search": search}
 
 
 def _known(what: str, name: str, names: Sequence[str]) -> None:
@@ -95,46 +127,35 @@ def _known(what: str, name: str, names: Sequence[str]) -> None:
 
 
 def _part(base: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of one part of the spec."""
     part = base.get(name, {})
     if not isinstance(part, dict):
         raise InvalidInput(f"{name} of the spec holds no JSON object")
-    return part
+    return copy.deepcopy(part)
 
 
-def _fitting(name: str, document: dict[str, Any]) -> dict[str, Any]:
-    """The spec without what its preset brings itself.
-
-    Raises:
-        InvalidInput: The method does not go with the spec, whatever is left out.
-    """
-    why: ValidationError | None = None
-    for left_out in ((), BROUGHT[:1], BROUGHT[1:], BROUGHT):
-        fitting = copy.deepcopy(document)
-        for part, field in left_out:
-            fitting.get(part, {}).pop(field, None)
-        try:
-            JobSpec.model_validate(fitting)
-        except ValidationError as error:
-            why = error
-        else:
-            return fitting
-    assert why is not None
-    fault = why.errors()[0]
-    where = "/".join(str(part) for part in fault["loc"])
-    raise InvalidInput(f"{name}: /{where}: {fault['msg'].removeprefix('Value error, ')}")
+def _checked(name: str, document: Mapping[str, Any]) -> JobSpec:
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "/".join(str(part) for part in fault["loc"])
+        raise InvalidInput(f"{name}: /{where}: {fault['msg'].removeprefix('Value error, ')}") from error
 
 
 def rows_of(method: str, job: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[Row]:
-    """One row for each budget of a job; without a report its figures are None and `error` says why.
+    """One row for each budget of a job; of one that the report lacks the figures are None, and `error` says why.
 
     Scores are those of the exported checkpoint. Perplexity (`test_perplexity`), `kl` and `excess`, the perplexity's
     logarithm less that of the dense model, are on the first test text; `seconds` are the search's.
     """
-    seed = job["spec"]["search"]["seed"]
-    if report is None:
-        kept = job["spec"]["budget"]["kept"]
-        return [_row(method, budget, seed=seed, job=job["id"], error=_why(job)) for budget in kept]
-    return [_row(method, budget["kept"], **_figures(budget), seed=seed, job=job["id"]) for budget in report["budgets"]]
+    found = {budget_label(budget["kept"]): budget for budget in (report or {"budgets": ()})["budgets"]}
+    seed, rows = job["spec"]["search"]["seed"], []
+    for kept in job["spec"]["budget"]["kept"]:
+        budget = found.get(budget_label(kept))
+        figures = {"error": _why(job)} if budget is None else _figures(budget)
+        rows.append(_row(method, kept, **figures, seed=seed, job=job["id"]))
+    return rows
 
 
 def _row(method: str, kept: float, **figures: Any) -> Row:
@@ -174,7 +195,7 @@ def best_so_far(budget: Mapping[str, Any]) -> list[float]:
     for trial in budget["history"]:
         if trial["state"] not in ("COMPLETE", "PRUNED", "FAIL"):
             continue
-        if trial["state"] == "COMPLETE" and trial["origin"] != PROBE:
+        if may_be_best(trial["state"], trial["origin"]):
             best = trial["score"] if math.isnan(best) else min(best, trial["score"])
         scores.append(best)
     return scores

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -11,12 +12,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.search.errors import InvalidInput, RanksearchError
+from ranksearch.search.errors import InvalidInput, RanksearchError, RequestRefused
+from ranksearch.search.presets import PRESETS
 from ranksearch.search.spec import budget_label
 from ranksearch.service.cli import options
 from ranksearch.service.cli.output import INTERRUPTED, JOB_FAILED, err, out, print_json, say, table
 from ranksearch.service.client import JSON, Client
-from ranksearch.service.compare import FORMS, PRESETS, STEPS, Contender, Row, best_so_far, contenders, name_of, rows_of
+from ranksearch.service.compare import FORMS, STEPS, Row, best_so_far, contenders, names_of, rows_of
 from ranksearch.service.figures import duration, number
 from ranksearch.service.plot import check_picture, plot_methods
 from ranksearch.service.watch_all import follow_all
@@ -67,26 +69,27 @@ def compare(
         if earlier is not None:
             if spec or methods or kept or seeds:
                 raise InvalidInput("--jobs takes the place of SPEC.json, --methods, --kept and --seeds")
-            jobs = {job: name_of(client.job(job)["spec"]) for job in _list(earlier, str, "--jobs")}
+            specs = {job: client.job(job)["spec"] for job in _list(earlier, str, "--jobs")}
         else:
-            jobs = _submit(client, _contenders(spec, methods, kept, seeds))
-        finished = _follow(client, jobs)
-        reports = {id: client.report(id) if job["status"] == "succeeded" else None for id, job in finished.items()}
-    rows = [row for id, job in finished.items() for row in rows_of(jobs[id], job, reports[id])]
+            specs = _submit(client, _contenders(spec, methods, kept, seeds))
+        names = names_of(specs)
+        finished = _follow(client, {id: _label(names[id], spec) for id, spec in specs.items()})
+        reports = {id: _report(client, id) for id in finished}
+    rows = [row for id, job in finished.items() for row in rows_of(names[id], job, reports[id])]
     if as_json:
         print_json({"rows": rows})
     else:
         _print(rows, [report for report in reports.values() if report])
-    if plot is not None:
-        _plot([(jobs[id], report) for id, report in reports.items() if report], plot)
     failed = {row["job"]: row["error"] for row in rows if "error" in row}
     for id, why in failed.items():
-        say(f"{_label(jobs[id], finished[id])} ({id}) {finished[id]['status']}: {why}")
+        say(f"{_label(names[id], specs[id])} ({id}) {finished[id]['status']}: {why}")
+    if plot is not None:
+        _plot([(names[id], report) for id, report in reports.items() if report], plot)
     if failed:
         raise typer.Exit(JOB_FAILED)
 
 
-def _contenders(spec: str | None, methods: str | None, kept: str | None, seeds: str | None) -> list[Contender]:
+def _contenders(spec: str | None, methods: str | None, kept: str | None, seeds: str | None) -> list[JSON]:
     if spec is None or methods is None:
         raise InvalidInput("name a spec and methods: ranksearch compare SPEC.json --methods uniform,ranksearch")
     budgets = None if kept is None else _list(kept, float, "--kept")
@@ -108,34 +111,45 @@ def _list(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
     return found
 
 
-def _submit(client: Client, found: Sequence[Contender]) -> dict[str, str]:
-    """Submit all of them; job id -> method."""
-    jobs: dict[str, str] = {}
+def _submit(client: Client, found: Sequence[JSON]) -> dict[str, JSON]:
+    """Submit all of them; job id -> its spec with every field."""
+    specs: dict[str, JSON] = {}
     try:
-        for contender in found:
-            jobs[client.submit(contender.spec)["id"]] = contender.method
+        for spec in found:
+            job = client.submit(spec)
+            specs[job["id"]] = job["spec"]
     except (RanksearchError, KeyboardInterrupt):
-        if jobs:
-            say(f"submitted until here, and not cancelled: {', '.join(jobs)}")
+        if specs:
+            say(f"submitted until here, and not cancelled: {', '.join(specs)}")
         raise
-    say(f"{len(jobs)} jobs; the same table later: {_again(jobs)}")
-    return jobs
+    say(f"{len(specs)} jobs; the same table later: {_again(specs)}")
+    return specs
 
 
-def _follow(client: Client, jobs: Mapping[str, str]) -> dict[str, JSON]:
+def _follow(client: Client, labels: Mapping[str, str]) -> dict[str, JSON]:
     try:
-        return follow_all(client, {id: _label(method, client.job(id)) for id, method in jobs.items()}, err())
+        return follow_all(client, labels, err())
     except KeyboardInterrupt:
-        say(f"no longer watching, the jobs go on. The table once they are done: {_again(jobs)}")
+        say(f"no longer watching, the jobs go on. The table once they are done: {_again(labels)}")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _again(jobs: Mapping[str, str]) -> str:
+def _report(client: Client, job: str) -> JSON | None:
+    """A job's report, of the budgets that it finished also where it failed; None where there is none."""
+    try:
+        return client.report(job)
+    except RequestRefused as error:
+        if error.data["problem"].get("status") == HTTPStatus.NOT_FOUND:
+            return None
+        raise
+
+
+def _again(jobs: Iterable[str]) -> str:
     return f"ranksearch compare --jobs {','.join(jobs)}"
 
 
-def _label(method: str, job: JSON) -> str:
-    return f"{method}, seed {job['spec']['search']['seed']}"
+def _label(method: str, spec: JSON) -> str:
+    return f"{method}, seed {spec['search']['seed']}"
 
 
 def _print(rows: Sequence[Row], reports: Sequence[JSON]) -> None:
@@ -190,7 +204,6 @@ def _spread(values: Sequence[float | None], digits: int = 3) -> str:
 
 
 def _plot(found: Sequence[tuple[str, JSON]], path: Path) -> None:
-
     if not found:
         return
     curves: dict[float, dict[str, list[list[float]]]] = {}

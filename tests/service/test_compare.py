@@ -12,14 +12,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
+from ranksearch.search.errors import InvalidInput
+from ranksearch.search.presets import PRESETS
 from ranksearch.search.spec import JobSpec
-from ranksearch.service.compare import PRESETS, best_so_far, contenders
+from ranksearch.service.cli.compare import comparison
+from ranksearch.service.compare import best_so_far, contenders
 from ranksearch.service.store.jobs import Job, Jobs
 
 Run = Callable[..., Any]
@@ -28,10 +33,10 @@ pytestmark = pytest.mark.one_database
 DENSE = {"evaluation": {"perplexity": 20.0, "kl": 0.0}, "test": {"t.txt": {"perplexity": 25.0, "kl": 0.0}}}
 
 
-def report_of(job: Job) -> dict[str, Any]:
+def report_of(job: Job, *lost: float) -> dict[str, Any]:
     """A report in which the seed and the form show: perplexity is 30 + seed + 10 x kept, one less if pivoted."""
     spec, budgets = job.parsed(), []
-    for kept in spec.budget.kept:
+    for kept in sorted({*spec.budget.kept} - {*lost}, reverse=True):
         perplexity = 30.0 + spec.search.seed + 10 * kept - (spec.method.form == "pivoted")
         texts = {"perplexity": perplexity, "kl": perplexity / 100}
         trials = [("COMPLETE", 40.0), ("PRUNED", None), ("COMPLETE", 38.0 + spec.search.seed), ("RUNNING", None)]
@@ -49,7 +54,7 @@ def report_of(job: Job) -> dict[str, Any]:
 
 @pytest.fixture
 def worker(jobs: Jobs) -> Iterator[None]:
-    """Finishes every job; those of preset soco fail."""
+    """Finishes every job; those of preset soco fail, and have a report of all budgets but 0.5."""
     over = threading.Event()
 
     def work() -> None:
@@ -57,6 +62,8 @@ def worker(jobs: Jobs) -> Iterator[None]:
             for job in jobs.page(limit=20):
                 if job.status == "queued" and jobs.set_running(job.id, "host:cpu"):
                     if job.parsed().method.preset == "soco":
+                        if job.parsed().budget.kept != [0.5]:
+                            jobs.save_report(job.id, report_of(job, 0.5))
                         jobs.fail(job.id, {"code": "numerical_error", "message": "A loss is NaN."})
                     else:
                         jobs.save_report(job.id, report_of(job))
@@ -126,6 +133,82 @@ def test_a_failed_job_is_said_and_the_others_are_still_printed(run: Run, file: P
     assert good["test_perplexity"] == 35.0
 
 
+@pytest.mark.usefixtures("url", "worker")
+def test_a_job_that_failed_in_one_budget_has_figures_for_the_other(run: Run, file: Path) -> None:
+    result = run("compare", file, "--methods", "soco", "--kept", "0.5,0.25", "--json")
+    lost, found = json.loads(result.stdout)["rows"]
+    assert (result.exit_code, result.stderr.count("A loss is NaN.")) == (1, 1)
+    assert (lost["kept"], lost["error"], lost["test_perplexity"]) == (0.5, "A loss is NaN.", None)
+    assert (found["kept"], "error" in found, found["test_perplexity"]) == (0.25, False, 32.5)
+
+
+@pytest.mark.usefixtures("url", "worker")
+def test_the_same_jobs_have_the_same_names_in_both_tables(run: Run, body: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "pivoted.json"
+    file.write_text(json.dumps({**body, "method": {"form": "pivoted", "refine": ["sequential"]}}))
+    first = run("compare", file, "--methods", "ranksearch,svd-llm,ranksearch/factored", "--json")
+    rows = json.loads(first.stdout)["rows"]
+    names = ["ranksearch/pivoted+sequential", "svd-llm/pivoted+sequential", "ranksearch+sequential"]
+    assert [row["method"] for row in rows] == names
+    again = run("compare", "--jobs", ",".join(row["job"] for row in rows), "--json")
+    assert again.stdout == first.stdout
+
+
+@pytest.mark.usefixtures("url", "worker")
+def test_only_seeds_are_one_method(run: Run, body: dict[str, Any], jobs: Jobs) -> None:
+    def job(**parts: Any) -> str:
+        return jobs.create(JobSpec.model_validate({**body, **parts})).id
+
+    parts: list[dict[str, Any]] = [{}, {"search": {"seed": 1}, "calibration": {**body["calibration"], "seed": 1}}]
+    parts += [{"search": {"sampler": "tpe"}}, {"method": {"metric": "feature"}}, {"method": {"preset": "svd-llm"}}]
+    shown = run("compare", "--jobs", ",".join(job(**part) for part in parts), "--json")
+    default, tpe = "search.sampler=ranksearch", "search.sampler=tpe"
+    assert [row["method"] for row in json.loads(shown.stdout)["rows"]] == [
+        f"ranksearch method.metric=two_sided {default}",
+        f"ranksearch method.metric=two_sided {default}",
+        f"ranksearch method.metric=two_sided {tpe}",
+        f"ranksearch method.metric=feature {default}",
+        "svd-llm",
+    ]
+
+
+@pytest.mark.usefixtures("url")
+def test_jobs_of_other_models_or_test_texts_are_refused(run: Run, body: dict[str, Any], jobs: Jobs) -> None:
+    test = [{"path": "text", "data_files": "/t.txt"}]
+    for part, words in (({"model": {"source": "a/b"}}, "models"), ({"evaluation": {"test": test}}, "test texts")):
+        pair = [jobs.create(JobSpec.model_validate(spec)).id for spec in (body, {**body, **part})]
+        result = run("compare", "--jobs", ",".join(pair))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"the jobs have different {words}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "words"),
+    [
+        ({"method": {"metric": "two-sided"}}, "ranksearch", r"/method/metric: .*'two_sided'"),
+        ({"search": {"sampler": "tpee"}}, "ranksearch", r"/search/sampler: .*'tpe'"),
+        ({"search": {"sampler": "tpee"}}, "svd-llm", r"/search/sampler: .*'tpe'"),
+        ({"method": {"metric": "centred"}}, "ranksearch+sequential", "sequential cannot work in metric centred"),
+        ({"method": {"refine": None}}, "ranksearch", "method.refine of the spec holds no list"),
+        ({"method": {"refine": "sequential"}}, "ranksearch", "method.refine of the spec holds no list"),
+        ({"method": {"form": "pivoted"}}, "ranksearch,ranksearch/pivoted", "ranksearch and ranksearch/pivoted are the"),
+    ],
+)
+def test_what_is_wrong_in_the_spec_is_said_and_not_dropped(
+    body: dict[str, Any], part: dict[str, Any], method: str, words: str
+) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        contenders({**body, **part}, method.split(","), None, [0, 1])
+
+
+def test_the_name_of_a_text_is_no_markup() -> None:
+    console = Console(width=200, file=StringIO(), record=True)
+    figures = dict.fromkeys(("kept_exact", "evaluation_perplexity", "kl", "evaluations", "seconds", "total_seconds"), 1)
+    console.print(comparison([{"method": "[/m]", "test_perplexities": {"a[/b].txt": 2.0}, **figures}], None))
+    assert "a[/b].txt perplexity" in console.export_text(clear=False)
+    assert "[/m]" in console.export_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -161,11 +244,12 @@ def test_a_preset_gives_way_to_the_spec_only_where_it_may(body: dict[str, Any], 
 
     base = {**body, "method": {"metric": "feature"}, "search": {"sampler": "random"}}
     (found,) = contenders(base, [preset], None, None)
-    takes_metric = accepted(method={"preset": preset, "metric": "feature"})
-    takes_sampler = accepted(method={"preset": preset}, search={"sampler": "random"})
-    assert found.spec["method"].get("metric") == ("feature" if takes_metric else None)
-    assert found.spec["search"].get("sampler") == ("random" if takes_sampler else None)
-    assert accepted(**found.spec)
+    own_metric = not all(accepted(method={"preset": preset, "metric": metric}) for metric in ("feature", "two_sided"))
+    own_sampler = not accepted(method={"preset": preset}, search={"sampler": "random"})
+    assert found["method"].get("metric") == (None if own_metric else "feature")
+    assert found["search"].get("sampler") == (None if own_sampler else "random")
+    assert accepted(**found)
+    assert base["method"] == {"metric": "feature"}
 
 
 def test_probes_are_evaluations_but_never_the_best() -> None:
