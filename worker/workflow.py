@@ -126,10 +126,12 @@ class JobWorkflow:
         failed: dict[float, dict[str, Any]],
     ) -> dict[float, dict[str, Any]]:
         """Run a stage for each budget; one that fails goes to `failed`, and the others go on."""
-        done = {}
-        for kept in budgets:
+        done: dict[float, dict[str, Any]] = {}
+        budgets = list(budgets)
+        for place, kept in enumerate(budgets):
+            others = len(budgets) > place + 1 or (stage == "search" and bool(done))
             try:
-                done[kept] = self._step(run, stage, partial(do, kept), *facts, kept=kept)
+                done[kept] = self._step(run, stage, partial(do, kept), *facts, kept=kept, others=others)
             except _Failed as failure:
                 failed[kept] = failure.error
         return done
@@ -141,8 +143,11 @@ class JobWorkflow:
         do: Callable[[], dict[str, Any]],
         *facts: Mapping[str, Any],
         kept: float | None = None,
+        others: bool = False,
     ) -> dict[str, Any]:
-        """Run a stage once; its recorded facts when it has run before.
+        """Run a stage once, of one budget where each has its own; its recorded facts when it has run before.
+
+        With `others`, a failure says that other budgets go on.
 
         Raises:
             _Failed: The stage failed.
@@ -150,7 +155,7 @@ class JobWorkflow:
         """
         name = stage if kept is None else f"{stage}/{budget_label(kept)}"
         run.known = stages.known_of(run.worker.artifacts.path, *facts)
-        outcome: dict[str, Any] = DBOS.run_step({"name": name}, lambda: self._outcome(run, stage, do, kept))
+        outcome: dict[str, Any] = DBOS.run_step({"name": name}, lambda: self._outcome(run, stage, do, kept, others))
         if "error" in outcome:
             raise _Failed(outcome["error"])
         if "cancelled" in outcome:
@@ -158,7 +163,12 @@ class JobWorkflow:
         return outcome
 
     def _outcome(
-        self, run: RunningJob, stage: Stage, do: Callable[[], dict[str, Any]], kept: float | None = None
+        self,
+        run: RunningJob,
+        stage: Stage,
+        do: Callable[[], dict[str, Any]],
+        kept: float | None = None,
+        others: bool = False,
     ) -> dict[str, Any]:
         begun = time.monotonic()
         try:
@@ -184,7 +194,8 @@ class JobWorkflow:
             else:
                 log.warning("job %s failed in stage %s: %s", run.id, stage, known.message, extra={"job": run.id})
             if kept is not None and len(run.spec.budget.kept) > 1:
-                told = {"message": f"kept {budget_label(kept)} failed: {known.message} The other budgets go on."}
+                rest = " The other budgets go on." if others else ""
+                told = {"message": f"kept {budget_label(kept)} failed: {known.message}{rest}"}
                 run.worker.jobs.add_event(run.id, "warning", told, worker=run.worker.identity)
             return {"error": {"code": known.code, "message": known.message, "data": known.data, "stage": stage}}
 

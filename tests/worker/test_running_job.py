@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dbos import DBOS
 
-from ranksearch.search.errors import PathNotAllowed
+from ranksearch.search.errors import NumericalError, PathNotAllowed
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.database import open_database, writing
-from ranksearch.service.store.jobs import Jobs
+from ranksearch.service.store.jobs import Jobs, Stage
 from ranksearch.service.store.settings import Settings
 from ranksearch.worker.device_client import DeviceClient
 from ranksearch.worker.running_job import RunningJob, WorkerState
@@ -90,3 +91,28 @@ def test_the_progress_of_several_budgets_never_goes_back(worker: WorkerState) ->
     assert seen[-1].eta_seconds == 0
     told = [event.data for event in worker.jobs.events(run.id) if event.kind == "stage"]
     assert [data["kept"] for data in told] == [0.8, 0.6, 0.4] * 2
+
+
+@pytest.mark.one_database
+def test_a_failure_says_that_others_go_on_only_while_there_are_others(
+    worker: WorkerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DBOS, "run_step", lambda _, step: step())  # nothing has to survive this process
+    workflow = JobWorkflow(worker, lambda _: None)
+
+    def told(stage: Stage, *failing: float) -> list[str]:
+        def do(kept: float) -> dict[str, Any]:
+            if kept in failing:
+                raise NumericalError("A loss is NaN.")
+            return {}
+
+        run = begun(worker, "someone/some-model", 0.8, 0.6)
+        workflow._each(run, stage, [0.8, 0.6], do, (), {})
+        return [event.data["message"] for event in worker.jobs.events(run.id) if event.kind == "warning"]
+
+    first, last = ("kept 0.8 failed: A loss is NaN.", "kept 0.6 failed: A loss is NaN.")
+    others = " The other budgets go on."
+    assert told("search", 0.8) == [first + others]
+    assert told("search", 0.6) == [last + others]  # the first one is to be finished
+    assert told("search", 0.8, 0.6) == [first + others, last]
+    assert told("finish", 0.6) == [last]
