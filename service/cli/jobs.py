@@ -39,6 +39,7 @@ def submit(
     test: options.TestFiles = None,
     sequences: options.Sequences = None,
     length: options.Length = None,
+    preset: options.Preset = None,
     metric: options.Metric = None,
     form: options.Form = None,
     refine: options.Refine = None,
@@ -70,6 +71,7 @@ def submit(
         test=test,
         sequences=sequences,
         length=length,
+        preset=preset,
         metric=metric,
         form=form,
         refine=refine,
@@ -147,7 +149,7 @@ def jobs(
             f"{100 * float(job['progress']):.0f}%",
             ",".join(f"{kept:g}" for kept in job["spec"]["budget"]["kept"]),
             ", ".join(number(best["score"]) for best in (job.get("best") or {}).values()) or "-",
-            _model(job),
+            Text(_model(job)),
             ago(job.get("created_at")),
         )
     out().print(grid)
@@ -178,7 +180,7 @@ def show(job: JobId, as_json: options.AsJson = False) -> None:
     rows += [(name, _absolute(base, link)) for name, link in (document.get("links") or {}).items() if link]
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
-        grid.add_row(Text(name, style="bold"), value)
+        grid.add_row(Text(name, style="bold"), Text(value) if isinstance(value, str) else value)
     out().print(grid)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.search.presets import PRESETS
 
 SPEC = "Job spec"
 
@@ -40,6 +41,9 @@ TestFiles = Annotated[
 ]
 Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration sequences.", rich_help_panel=SPEC)]
 Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens per sequence.", rich_help_panel=SPEC)]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help=f"The method: {', '.join(PRESETS)}.", rich_help_panel=SPEC)
+]
 Metric = Annotated[
     str | None,
     typer.Option(
@@ -139,6 +143,7 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "calibration.seed": seed,
         "evaluation.test": tests or ([] if flags["text"] else None),
         "budget.kept": None if flags["kept"] is None else _numbers(flags["kept"]),
+        "method.preset": flags["preset"],
         "method.metric": flags["metric"],
         "method.form": flags["form"],
         "method.refine": None if flags["refine"] is None else _words(flags["refine"]),

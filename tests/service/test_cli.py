@@ -45,7 +45,7 @@ def finish(jobs: Jobs, job_id: str) -> None:
     jobs.add_event(job_id, "calibration.cache_hit", {"fingerprint": "f"})
     jobs.set_stage(job_id, "search")
     for trial in ({"number": 0, "origin": "prior", "score": 30.5}, {"number": 1, "origin": "uniform", "score": 41.0}):
-        jobs.add_event(job_id, "trial", {"kept": 0.5, "state": "COMPLETE", **trial})
+        jobs.add_event(job_id, "trial", {"kept": 0.5, "state": "COMPLETE", "planned": 60, **trial})
     jobs.set_best(job_id, 0.5, 30.5, 0)
     jobs.succeed(job_id)
 
@@ -54,12 +54,27 @@ def test_submit_prints_the_id_and_nothing_else(
     run: Run, url: str, model: Path, body: dict[str, Any], jobs: Jobs
 ) -> None:
     text = Path(body["calibration"]["dataset"]["data_files"])
-    result = run("submit", "--model", model, "--text", text, "--kept", "0.5,0.75", "--trials", 7, "--seed", 3)
+    result = run(
+        "submit",
+        "--model",
+        model,
+        "--text",
+        text,
+        "--kept",
+        "0.5,0.75",
+        "--trials",
+        7,
+        "--seed",
+        3,
+        "--preset",
+        "bolaco",
+    )
     assert (result.exit_code, len(result.stdout.split())) == (0, 1)
     assert "ranksearch watch" in result.stderr
     spec = jobs.get(result.stdout.strip()).parsed()
     assert spec.budget.kept == [0.5, 0.75]
     assert (spec.search.trials, spec.search.seed, spec.calibration.seed) == (7, 3, 3)
+    assert (spec.method.preset, spec.search.sampler) == ("bolaco", "bolaco")
     assert spec.evaluation.test == []
 
 
@@ -256,23 +271,25 @@ def test_ctrl_c_leaves_the_job_running(running: str, jobs: Jobs, url: str) -> No
 
 
 def test_watch_survives_events_it_does_not_know() -> None:
-    progress = Progress({"search": {"objective": "kl", "trials": 2}, "budget": {"kept": [0.5]}})
+    progress = Progress({"search": {"objective": "kl"}, "budget": {"kept": [0.5]}})
     from ranksearch.service.client import Event
 
     assert progress.tell(Event(id=1, kind="new_thing", data={"depth": 3, "time": "x"})) == "new thing: depth 3"
     pruned = Event(id=2, kind="trial", data={"number": 5, "kept": 0.5, "state": "PRUNED"})
-    assert progress.tell(pruned) == "trial 1/2     kept 0.5: pruned"
+    assert progress.tell(pruned) == "trial 1       kept 0.5: pruned"
 
 
 def test_watch_takes_the_number_of_trials_from_them_and_no_probe_for_the_best() -> None:
     from ranksearch.service.client import Event
 
-    progress = Progress({"search": {"objective": "perplexity", "trials": 60}, "budget": {"kept": [0.5]}})
+    progress = Progress({"search": {"objective": "perplexity", "trials": 60}, "budget": {"kept": [0.5, 0.3]}})
+    assert progress.done(*progress.budgets.values()) == "0"
     trial = {"kept": 0.5, "planned": 2, "state": "COMPLETE"}
     probe = Event(id=1, kind="trial", data={**trial, "number": 0, "origin": "probe", "score": 26.0})
     found = Event(id=2, kind="trial", data={**trial, "number": 1, "origin": "asvd", "score": 30.0})
     assert progress.tell(probe) == "trial 1/2     kept 0.5 probe: perplexity 26.000"
     assert progress.tell(found) == "trial 2/2     kept 0.5 asvd: perplexity 30.000, best 30.000"
+    assert progress.done(*progress.budgets.values()) == "2/4"
 
 
 SEQUENTIAL: dict[str, Any] = {"step": "sequential", "strength": 0.75}
