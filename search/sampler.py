@@ -40,6 +40,8 @@ _EXPLORE_EVERY = 3
 _MOST_TRIALS = 320
 _PARTIAL_SPREAD = 2.0
 _SIBLING_SPREAD = 2.0
+_FAINT = 0.01
+"""Below this share of the search's own smallest excess, one of another study is mostly noise, which a log magnifies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +197,15 @@ class RankSampler(optuna.samplers.BaseSampler):
         )
 
     def _told(self, trials: Sequence[FrozenTrial]) -> list[_Told]:
-        """Scores of this study and then its siblings, as many as there is room for; of more than that in a study, the
-        best half and the latest half."""
+        """Scores of this study and then its siblings but for faint ones, as many as there is room for; of more than
+        that in a study, the best half and the latest half."""
         told: list[_Told] = []
         own = Sibling(trials=trials, space=self._space, objective=self._objective, dense_score=self._dense_score)
         for group, study in enumerate([own, *self._siblings]):
             reference = _excesses(study.trials, study.objective, study.dense_score)
             spread = 1.0 if group == 0 else _SIBLING_SPREAD
+            smallest = min((t.excess for t in told if t.group == 0), default=0.0)
+            least = max(0.0, _FAINT * smallest) if group else -math.inf
             found = [
                 _Told(
                     number=trial.number,
@@ -211,7 +215,7 @@ class RankSampler(optuna.samplers.BaseSampler):
                     group=group,
                 )
                 for trial in study.trials
-                if trial.number in reference
+                if reference.get(trial.number, -math.inf) > least
             ]
             room = _MOST_TRIALS - len(told)
             if len(found) > room:

@@ -129,6 +129,17 @@ def test_another_budget_of_the_job_teaches_the_sensitivities() -> None:
     assert gains[1] > max(gains[0], 0.3)
 
 
+def test_an_excess_of_another_study_that_is_next_to_none_does_not_count() -> None:
+    made, own = problem(0), started(problem(0))
+    smallest = min(np.log(t.value / DENSE) for t in own)  # type: ignore[operator]
+    other = [told(made, made.allocator.prior(0.6), number) for number in range(3)]
+    for trial, share in zip(other, (-1.0, 0.001, 0.1), strict=True):
+        trial.values = [float(DENSE * np.exp(share * smallest))]
+    found = sampler_of(made, siblings=[sibling_of(made, other)])._told(own)
+    assert [t.number for t in found if t.group == 1] == [2]
+    assert sampler_of(made, siblings=[sibling_of(made, other)])._told([])[0].number == 1
+
+
 def test_a_job_of_many_budgets_proposes_no_slower_than_one_of_two() -> None:
     made = problem(0)
     own, ranks = started(made), made.allocator.prior(0.5)
