@@ -29,6 +29,7 @@ from torch import Tensor
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.residual import inputs, log_improvement, residual_process
+from ranksearch.search.siblings import Sibling
 from ranksearch.search.space import Floats, Ranks
 from ranksearch.search.surrogate import Observations, SensitivityModel
 
@@ -39,6 +40,8 @@ _EXPLORE_EVERY = 3
 _MOST_TRIALS = 320
 _PARTIAL_SPREAD = 2.0
 _SIBLING_SPREAD = 2.0
+_FAINT = 0.01
+"""Below this share of the search's own smallest excess, one of another study is mostly noise, which a log magnifies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         seed: int,
         dense_score: float,
         objective: Literal["perplexity", "kl"] = "perplexity",
-        siblings: Sequence[Sequence[FrozenTrial]] = (),
+        siblings: Sequence[Sibling] = (),
     ) -> None:
         """Set what a proposal depends on besides the trials.
 
@@ -77,7 +80,7 @@ class RankSampler(optuna.samplers.BaseSampler):
             seed: A proposal is a function of the seed, the trial number and the trials told.
             dense_score: Score of the dense model: perplexity, or 0 for `kl`.
             objective: What a trial's value is.
-            siblings: Trials of the same job at other budgets, the nearest first; the sensitivities are shared.
+            siblings: Other studies of the same targets, those that tell most first; the sensitivities are shared.
         """
         self._allocator, self._space, self._kept, self._seed = allocator, allocator.space, kept, seed
         self._dense_score, self._objective, self._siblings = dense_score, objective, siblings
@@ -194,22 +197,25 @@ class RankSampler(optuna.samplers.BaseSampler):
         )
 
     def _told(self, trials: Sequence[FrozenTrial]) -> list[_Told]:
-        """Scores of this study and then its siblings, as many as there is room for; of more than that in a study, the
-        best half and the latest half."""
+        """Scores of this study and then its siblings but for faint ones, as many as there is room for; of more than
+        that in a study, the best half and the latest half."""
         told: list[_Told] = []
-        for group, members in enumerate([trials, *self._siblings]):
-            reference = _excesses(members, self._objective, self._dense_score)
+        own = Sibling(trials=trials, space=self._space, objective=self._objective, dense_score=self._dense_score)
+        for group, study in enumerate([own, *self._siblings]):
+            reference = _excesses(study.trials, study.objective, study.dense_score)
             spread = 1.0 if group == 0 else _SIBLING_SPREAD
+            smallest = min((t.excess for t in told if t.group == 0), default=0.0)
+            least = max(0.0, _FAINT * smallest) if group else -math.inf
             found = [
                 _Told(
                     number=trial.number,
-                    ranks=self._space.unpack(trial.user_attrs[RANKS]),
+                    ranks=study.space.unpack(trial.user_attrs[RANKS]),
                     excess=reference[trial.number],
                     spread=spread * (1.0 if trial.state == TrialState.COMPLETE else _PARTIAL_SPREAD),
                     group=group,
                 )
-                for trial in members
-                if trial.number in reference
+                for trial in study.trials
+                if reference.get(trial.number, -math.inf) > least
             ]
             room = _MOST_TRIALS - len(told)
             if len(found) > room:

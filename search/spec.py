@@ -33,6 +33,7 @@ Kept = Annotated[
     ),
 ]
 Positive = Annotated[int, Field(ge=1)]
+JobId = Annotated[str, Field(min_length=1, max_length=64)]
 Step = Literal["sequential", "distill", "soco"]
 
 #: Tokens that `distill` and `soco` train on.
@@ -207,6 +208,16 @@ class Search(_Part):
     parallelism: Annotated[int, Field(ge=1, le=256)] = 1
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="For the trials of each budget.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    learn_from: Annotated[list[JobId], Field(max_length=8)] = Field(
+        default_factory=list, description="Earlier jobs on the same model whose trials inform this search."
+    )
+
+    @field_validator("learn_from")
+    @classmethod
+    def _distinct(cls, jobs: list[str]) -> list[str]:
+        if len(set(jobs)) != len(jobs):
+            raise ValueError("each job may be named once")
+        return jobs
 
     @field_validator("parallelism")
     @classmethod
@@ -245,11 +256,14 @@ class JobSpec(_Part):
             return search
         preset = info.data["method"].preset
         own = PRESETS[preset].sampler
-        if own is None or search.sampler == own:
-            return search
-        if "sampler" in search.model_fields_set:
-            raise ValueError(f"preset {preset} searches with sampler {own}; leave search.sampler out")
-        return search.model_copy(update={"sampler": own})
+        if own is not None and search.sampler != own:
+            if "sampler" in search.model_fields_set:
+                raise ValueError(f"preset {preset} searches with sampler {own}; leave search.sampler out")
+            search = search.model_copy(update={"sampler": own})
+        if search.learn_from and not (PRESETS[preset].ranks == "search" and search.sampler == "ranksearch"):
+            used = f"sampler {search.sampler}" if PRESETS[preset].ranks == "search" else f"preset {preset}"
+            raise ValueError(f"{used} does not learn from earlier jobs; leave search.learn_from out")
+        return search
 
 
 def budget_label(kept: float) -> str:

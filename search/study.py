@@ -31,6 +31,7 @@ from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.probes import Probes, planned_trials
 from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
 from ranksearch.search.published import closed_form
+from ranksearch.search.siblings import EARLIER, Sibling, check_targets, finished_at_first, read_earlier, trials_in
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 from ranksearch.search.spec import Search
 from ranksearch.search.trials import RESULT, SPACE, best_trial, picture_attribute, row, space_of, study_name, trials_of
@@ -80,6 +81,7 @@ class RankStudy:
         spec: Search,
         dense_score: float,
         siblings: Sequence[float] = (),
+        learn_from: Sequence[str] = (),
         model: str = "",
         preset: str = "ranksearch",
         similarity: Mapping[str, float] | None = None,
@@ -95,6 +97,8 @@ class RankStudy:
             spec: The `search` part of the job spec.
             dense_score: Score of the dense model on the evaluation set: its perplexity, or 0 for objective `kl`.
             siblings: Other budgets of the same job whose trials inform this search.
+            learn_from: Names of studies of earlier jobs whose trials do so too, the most telling first. What they have
+                when this study is created counts, and nothing that comes later; ones that do not exist do not count.
             model: Where the model comes from, for the dashboard.
             preset: The method that chooses, a key of `PRESETS`.
             similarity: Target name -> mean cosine between the hidden states before and after its sublayer, for the
@@ -102,6 +106,7 @@ class RankStudy:
 
         Raises:
             ImpossibleBudget: No vector meets the budget.
+            InvalidInput: An earlier study has other targets.
         """
         space.check_budget(kept)
         self._preset_name, self._preset = preset, PRESETS[preset]
@@ -115,6 +120,7 @@ class RankStudy:
         self._storage = optuna.storages.get_storage(storage)
         nearest = sorted(siblings, key=lambda other: abs(other - kept))
         self._siblings = [study_name(job_id, other) for other in nearest if other != kept]
+        check_targets(self._storage, learn_from, space)
         self._offered: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
@@ -125,7 +131,7 @@ class RankStudy:
             load_if_exists=True,
         )
         self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        self._describe(job_id, model)
+        self._describe(job_id, model, learn_from)
         self._losses: dict[int, list[float]] = {}
 
     @cached_property
@@ -287,18 +293,19 @@ class RankStudy:
             seed=self.spec.seed,
             objective=self.spec.objective,
             dense_score=self.dense_score,
-            siblings=self._sibling_trials(),
+            siblings=[*self._budgets_of_this_job(), *self._earlier],
         )
 
-    def _sibling_trials(self) -> list[list[FrozenTrial]]:
-        found = []
-        for name in self._siblings:
-            try:
-                study_id = self._storage.get_study_id_from_name(name)
-            except KeyError:
-                continue
-            found.append(self._storage.get_all_trials(study_id, deepcopy=False))
-        return found
+    def _budgets_of_this_job(self) -> list[Sibling]:
+        begun = [trials for name in self._siblings if (trials := trials_in(self._storage, name))]
+        return [
+            Sibling(trials=trials, space=self.space, objective=self.spec.objective, dense_score=self.dense_score)
+            for trials in begun
+        ]
+
+    @cached_property
+    def _earlier(self) -> list[Sibling]:
+        return read_earlier(self._storage, self._storage.get_study_system_attrs(self._study_id).get(EARLIER, {}))
 
     def _template(self, drawn: Draw, origin: str) -> FrozenTrial:
         ranks = drawn.ranks
@@ -347,7 +354,7 @@ class RankStudy:
             # another worker finished it between the two lines above; the first result stands
             return
 
-    def _describe(self, job_id: str, model: str) -> None:
+    def _describe(self, job_id: str, model: str, learn_from: Sequence[str]) -> None:
         """What the dashboard shows about the study, and the table that unpacks its vectors; written once."""
         if SPACE in self._storage.get_study_system_attrs(self._study_id):
             return
@@ -357,6 +364,9 @@ class RankStudy:
         for key, value in {**facts, "objective": self.spec.objective, "dense score": self.dense_score}.items():
             self._storage.set_study_user_attr(self._study_id, key, value)
         self._storage.set_study_system_attr(self._study_id, *picture_attribute(self._study_id))
+        if learn_from:
+            counts = finished_at_first(self._storage, learn_from)
+            self._storage.set_study_system_attr(self._study_id, EARLIER, counts)
         rows = [list(asdict(target).values()) for target in self.space.targets]
         table = {
             "columns": list(asdict(self.space.targets[0])),

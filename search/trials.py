@@ -46,9 +46,14 @@ def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace 
     """The rank space the study was created with, which unpacks its vectors; None when there is no such study yet."""
     storage = optuna.storages.get_storage(storage)
     try:
-        table = storage.get_study_system_attrs(storage.get_study_id_from_name(study_name(job_id, kept))).get(SPACE)
+        return space_of_study(storage, storage.get_study_id_from_name(study_name(job_id, kept)))
     except KeyError:
         return None
+
+
+def space_of_study(storage: BaseStorage, study_id: int) -> RankSpace | None:
+    """The same by the study's id."""
+    table = storage.get_study_system_attrs(study_id).get(SPACE)
     if table is None:
         return None
     targets = tuple(Target(**dict(zip(table["columns"], row, strict=True))) for row in table["targets"])

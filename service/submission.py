@@ -11,7 +11,7 @@ from typing import Any, Final
 from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from ranksearch.search.errors import InvalidInput, UnsafeModel
+from ranksearch.search.errors import InvalidInput, JobNotFound, UnsafeModel
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.context import Context
 from ranksearch.service.estimate import check_budgets, rank_space
@@ -20,7 +20,7 @@ from ranksearch.service.problems import at
 from ranksearch.service.store import tables
 from ranksearch.service.store.clock import ago, now
 from ranksearch.service.store.database import reading, writing
-from ranksearch.service.store.jobs import Job, create_job
+from ranksearch.service.store.jobs import Job, Jobs, create_job
 from ranksearch.service.store.paths import check_dataset
 from ranksearch.service.store.settings import Settings
 
@@ -67,6 +67,25 @@ def check_datasets(spec: JobSpec, settings: Settings) -> None:
             check_dataset(dataset, settings)
 
 
+def check_learn_from(spec: JobSpec, jobs: Jobs) -> None:
+    """Check that the jobs a search is to learn from are there and about the same model.
+
+    Raises:
+        InvalidInput: One is not.
+    """
+    for place, job_id in enumerate(spec.search.learn_from):
+        with at(f"/search/learn_from/{place}"):
+            try:
+                source = jobs.get(job_id).spec["model"]["source"]
+            except JobNotFound as error:
+                raise InvalidInput(f"search.learn_from: {error.message}; leave it out", job=job_id) from None
+            if source != spec.model.source:
+                raise InvalidInput(
+                    f"search.learn_from: job {job_id} is about model {source}; name jobs about {spec.model.source}",
+                    job=job_id,
+                )
+
+
 def submit(context: Context, spec: JobSpec, *, owner: str, key: str | None, show: Callable[[Job], Answer]) -> Answer:
     """Check and queue a job, and give the answer `show` makes of it; a repeated key gives the first answer again.
 
@@ -77,6 +96,7 @@ def submit(context: Context, spec: JobSpec, *, owner: str, key: str | None, show
     if key is not None and (earlier := _earlier(context, owner, key, digest)) is not None:
         return earlier
     check(spec, context.settings)
+    check_learn_from(spec, context.jobs)
     try:
         return _create(context, spec, owner, key, digest, show)
     except IntegrityError:

@@ -13,8 +13,8 @@ from typing import Any
 
 import optuna
 
-from ranksearch.search.errors import NumericalError
-from ranksearch.search.study import Proposal, RankStudy
+from ranksearch.search.errors import JobNotFound, NumericalError
+from ranksearch.search.study import Proposal, RankStudy, study_name
 from ranksearch.search.trials import may_be_best
 from ranksearch.service.store.database import optuna_storage
 from ranksearch.worker.running_job import RunningJob
@@ -71,10 +71,25 @@ def open_study(
         spec=spec.search,
         dense_score=dense["perplexity"] if spec.search.objective == "perplexity" else 0.0,
         siblings=spec.budget.kept,
+        learn_from=earlier_studies(run, kept),
         model=spec.model.source,
         preset=spec.method.preset,
         similarity=ground.similarity,
     )
+
+
+def earlier_studies(run: RunningJob, kept: float) -> list[str]:
+    """Names of the studies of `search.learn_from`, job by job, the nearest budget first; events tell of lost jobs."""
+    names = []
+    for job_id in run.spec.search.learn_from:
+        try:
+            budgets = run.worker.jobs.get(job_id).spec["budget"]["kept"]
+        except JobNotFound:
+            told = f"search.learn_from: job {job_id} was deleted; the search at kept {kept:g} goes on without it."
+            run.tell("warning", message=told)
+            continue
+        names += [study_name(job_id, other) for other in sorted(budgets, key=lambda other: abs(other - kept))]
+    return names
 
 
 class _Search:

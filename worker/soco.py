@@ -6,12 +6,12 @@ Component j of a target gets a score s_j >= 0 beside its two vectors, and only s
 
 Loss per step, with p = m + n the parameters of a component and N those of all targets together, dense:
 
-    KL(dense || scored) + price * sum_j p_j min(s_j, 1) / N
+    KL(dense || scored) + price * sum_j p_j phi(s_j) / N,        phi(s) = s (1 + a) / (s + a)
 
-The price is steered so that `kept(s) = sum_j p_j min(s_j, 1) / N`, a target counted as no more than its dense matrix,
-follows a plan; scores stay within [0, 1] as long as there is a price. Where price and loss balance, 1 - s_j is the
-price over the loss that the component saves: scores order the components of all targets by what they are worth per
-parameter. Three stages in one run:
+The price is steered so that `kept(s) = sum_j p_j phi(s_j) / N`, a target counted as no more than its dense matrix,
+follows a plan; scores stay within [0, 1] as long as there is a price. phi rises from 0 to 1 and is steep near 0 and
+flat near 1, so a score that has begun to fall falls to 0, the one worth least per parameter first, and few are left
+between. Three stages in one run:
 
 1. *exploration*: the price follows a plan that takes `kept(s)` from where it starts down to the budget;
 2. *refinement*: the plan stays at the budget; the price swings about the value that holds it there, and components
@@ -67,6 +67,7 @@ STAGES = (0.5, 0.75)
 # is a tenth off the plan.
 _PRICE = 0.1
 _PACE = 0.1
+_BEND = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ class _Run:
         facts = self._training.facts
         for name, s in self.scores.items():
             assert s.grad is not None
-            s.grad.add_((s.detach() <= 1).to(s.dtype), alpha=facts["price"] * self._prices[name])
+            s.grad.add_(_slope(s.detach()), alpha=facts["price"] * self._prices[name])
         self._training.update(kl, 1.0)
         means = self._training.tensors
         with torch.no_grad():
@@ -253,10 +254,21 @@ class _Run:
     def _count(self) -> float:
         """`kept(s)`: the parameters of all components, each as far as it counts."""
         targets = _free(self._space)
-        sums = torch.stack([self.scores[t.name].clamp(max=1).sum() for t in targets]).tolist()
+        sums = torch.stack([_counted(self.scores[t.name]).sum() for t in targets]).tolist()
         costs = [min(t.parameters, t.marginal * total) for t, total in zip(targets, sums, strict=True)]
         fixed = self._space.parameters - sum(t.parameters for t in targets)
         return float((fixed + sum(costs)) / self._space.parameters)
+
+
+def _counted(scores: Tensor) -> Tensor:
+    """phi(s), as far as each component counts."""
+    s = scores.clamp(0, 1)
+    return s * (1 + _BEND) / (s + _BEND)
+
+
+def _slope(scores: Tensor) -> Tensor:
+    """phi'(s), and nothing above 1."""
+    return _BEND * (1 + _BEND) / (scores + _BEND).square() * (scores <= 1)
 
 
 def top(scores: Tensor, rank: int) -> Tensor:

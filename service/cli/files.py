@@ -131,6 +131,7 @@ def estimate(
     sampler: options.Sampler = None,
     objective: options.Objective = None,
     seed: options.Seed = None,
+    learn_from: options.LearnFrom = None,
     assign: options.Set = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -159,6 +160,7 @@ def estimate(
         sampler=sampler,
         objective=objective,
         seed=seed,
+        learn_from=learn_from,
         set=assign,
     )
     with Client() as client:

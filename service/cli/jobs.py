@@ -49,6 +49,7 @@ def submit(
     sampler: options.Sampler = None,
     objective: options.Objective = None,
     seed: options.Seed = None,
+    learn_from: options.LearnFrom = None,
     assign: options.Set = None,
     watch_it: Annotated[
         bool, typer.Option("--watch", "-w", help="Follow the job; exit code 1 unless it succeeds.")
@@ -81,6 +82,7 @@ def submit(
         sampler=sampler,
         objective=objective,
         seed=seed,
+        learn_from=learn_from,
         set=assign,
     )
     with Client() as client:

@@ -79,6 +79,15 @@ Objective = Annotated[str | None, typer.Option("--objective", help="perplexity o
 Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the data draw and of the search.", rich_help_panel=SPEC)
 ]
+LearnFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--learn-from",
+        metavar="JOB",
+        help="Earlier job on the same model whose trials inform the search; may repeat.",
+        rich_help_panel=SPEC,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -153,6 +162,7 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "search.sampler": flags["sampler"],
         "search.objective": flags["objective"],
         "search.seed": seed,
+        "search.learn_from": flags["learn_from"] or None,
     }
     return {path: value for path, value in values.items() if value is not None}
 

@@ -98,6 +98,23 @@ def test_the_same_calibration_is_not_done_twice(worker: Machine, done: str, spec
 
 
 @on_sqlite
+def test_a_job_learns_from_earlier_ones_and_goes_on_without_a_deleted_one(
+    worker: Machine, done: str, spec: Spec
+) -> None:
+    search = {"sampler": "ranksearch", "learn_from": [done]}
+    learned = worker.submit(spec(kept=[0.4], trials=3, search=search))
+    gone = worker.submit(spec(kept=[0.4], trials=3, search={**search, "learn_from": ["job_deleted"]}))
+    for job_id in (learned, gone):
+        worker.succeeded(job_id)
+    assert not worker.events(learned, "warning")
+    (warning,) = worker.events(gone, "warning")
+    assert "job_deleted was deleted" in warning.data["message"]
+    warm, cold = ([row["ranks"] for row in worker.trials(job_id, 0.4)] for job_id in (learned, gone))
+    assert warm[:2] == cold[:2]
+    assert warm[2] != cold[2]
+
+
+@on_sqlite
 def test_a_budget_of_one_keeps_everything_dense(worker: Machine, spec: Spec) -> None:
     job_id = worker.submit(spec(kept=[1.0]))
     worker.succeeded(job_id)

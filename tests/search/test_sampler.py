@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.sampler import RankSampler
+from ranksearch.search.siblings import Sibling
 from ranksearch.search.space import uniform
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
@@ -31,6 +32,10 @@ def told(made: Problem, ranks: np.ndarray, number: int, state: TrialState = Tria
     trial = create_trial(state=state, value=value, user_attrs={RANKS: made.space.pack(ranks)})
     trial.number = number
     return trial
+
+
+def sibling_of(made: Problem, trials: list[FrozenTrial]) -> Sibling:
+    return Sibling(trials=trials, space=made.space, objective="perplexity", dense_score=DENSE)
 
 
 def started(made: Problem, count: int = 6) -> list[FrozenTrial]:
@@ -115,7 +120,7 @@ def test_another_budget_of_the_job_teaches_the_sensitivities() -> None:
     made, gains = problem(2), []
     rng = np.random.default_rng(1)
     at_half = [made.allocator.waterfill(0.5, 0.7 * rng.standard_normal(len(made.hidden))) for _ in range(40)]
-    sibling = [told(made, ranks, number) for number, ranks in enumerate(at_half)]
+    sibling = sibling_of(made, [told(made, ranks, number) for number, ranks in enumerate(at_half)])
     own = started(made, 2)
     for siblings in ([], [sibling]):
         ranks = sampler_of(made, siblings=siblings).propose(own, 4)
@@ -124,10 +129,21 @@ def test_another_budget_of_the_job_teaches_the_sensitivities() -> None:
     assert gains[1] > max(gains[0], 0.3)
 
 
+def test_an_excess_of_another_study_that_is_next_to_none_does_not_count() -> None:
+    made, own = problem(0), started(problem(0))
+    smallest = min(np.log(t.value / DENSE) for t in own)  # type: ignore[operator]
+    other = [told(made, made.allocator.prior(0.6), number) for number in range(3)]
+    for trial, share in zip(other, (-1.0, 0.001, 0.1), strict=True):
+        trial.values = [float(DENSE * np.exp(share * smallest))]
+    found = sampler_of(made, siblings=[sibling_of(made, other)])._told(own)
+    assert [t.number for t in found if t.group == 1] == [2]
+    assert sampler_of(made, siblings=[sibling_of(made, other)])._told([])[0].number == 1
+
+
 def test_a_job_of_many_budgets_proposes_no_slower_than_one_of_two() -> None:
     made = problem(0)
     own, ranks = started(made), made.allocator.prior(0.5)
-    sibling = [told(made, ranks, number) for number in range(200)]
+    sibling = sibling_of(made, [told(made, ranks, number) for number in range(200)])
     sampler = sampler_of(made, siblings=[sibling] * 6)
     groups = [t.group for t in sampler._told(own)]
     assert [groups.count(group) for group in range(7)] == [len(own), 200, 320 - 200 - len(own), 0, 0, 0, 0]

@@ -47,3 +47,26 @@ def test_factors_that_no_step_can_work_with_are_not_refined(metric: str) -> None
     with pytest.raises(ValidationError, match=f"sequential cannot work in metric {metric}"):
         spec(method={"metric": metric, "refine": ["sequential"]})
     assert spec(method={"preset": "mgaa", "refine": ["sequential"]}).method.steps == ("sequential",)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"search": {"sampler": "tpe"}}, "sampler tpe does not learn"),
+        ({"method": {"preset": "bolaco"}}, "sampler bolaco does not learn"),
+        ({"method": {"preset": "uniform"}}, "preset uniform does not learn"),
+        ({"method": {"preset": "asvd"}}, "preset asvd does not learn"),
+    ],
+)
+def test_only_the_default_sampler_learns_from_earlier_jobs(parts: dict[str, dict[str, str]], said: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{said} from earlier jobs; leave search\.learn_from out"):
+        spec(**{**parts, "search": {**parts.get("search", {}), "learn_from": ["job_a"]}})
+
+
+def test_a_search_learns_from_up_to_eight_different_jobs() -> None:
+    jobs = [f"job_{number}" for number in range(8)]
+    assert spec(method={"preset": "soco"}, search={"learn_from": jobs}).search.learn_from == jobs
+    with pytest.raises(ValidationError, match="at most 8"):
+        spec(search={"learn_from": [*jobs, "job_8"]})
+    with pytest.raises(ValidationError, match="each job may be named once"):
+        spec(search={"learn_from": ["job_a", "job_a"]})

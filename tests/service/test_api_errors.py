@@ -410,3 +410,19 @@ def test_sharded_weights_are_read_through_their_index(client: TestClient, good: 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     whole = client.post("/v1/estimates", json=good).json()
     assert client.post("/v1/estimates", json={**good, "model": {"source": str(folder)}}).json() == whole
+
+
+def test_a_search_learns_from_jobs_that_are_there_and_about_the_same_model(
+    client: TestClient, good: dict[str, Any], home: Path
+) -> None:
+    job = client.post("/v1/jobs", json=good).json()["id"]
+    other = write_model(home / "allowed" / "other")
+    elsewhere = client.post("/v1/jobs", json={**good, "model": {"source": str(other)}}).json()["id"]
+    for jobs, said in (([job, "job_nosuch"], "no job 'job_nosuch'"), ([job, elsewhere], "is about model")):
+        problem = refused(client, {**good, "search": {"learn_from": jobs}})
+        assert (problem["code"], pointers(problem)) == ("invalid_input", ["/search/learn_from/1"])
+        assert problem["detail"].startswith("search.learn_from: ")
+        assert said in problem["detail"]
+    problem = refused(client, {**good, "search": {"learn_from": [job], "sampler": "tpe"}})
+    assert "leave search.learn_from out" in problem["detail"]
+    assert client.post("/v1/jobs", json={**good, "search": {"learn_from": [job]}}).status_code == 202

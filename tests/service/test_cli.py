@@ -78,6 +78,16 @@ def test_submit_prints_the_id_and_nothing_else(
     assert spec.evaluation.test == []
 
 
+def test_a_search_is_told_which_jobs_to_learn_from(
+    run: Run, url: str, body: dict[str, Any], tmp_path: Path, jobs: Jobs
+) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(body))
+    earlier = [run("submit", file).stdout.strip() for _ in range(2)]
+    result = run("submit", file, *(part for job in earlier for part in ("--learn-from", job)))
+    assert jobs.get(result.stdout.strip()).parsed().search.learn_from == earlier
+
+
 def test_flags_win_over_the_file(run: Run, url: str, body: dict[str, Any], tmp_path: Path, jobs: Jobs) -> None:
     file = tmp_path / "spec.json"
     file.write_text(json.dumps({**body, "name": "from file", "search": {"trials": 9, "seed": 1}}))
