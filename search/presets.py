@@ -1,7 +1,8 @@
 """Published methods as presets of one pipeline: in which metric each works, and how it chooses ranks.
 
-A preset stands on the same factors, text and evaluation as every other, so that a comparison is one of methods. What
-the publications leave open is filled in as docs/concepts.md says.
+A preset stands on the same text and evaluation as every other, and on the same factors as every other that works in
+its metric, so that a comparison is one of methods. What the publications leave open is filled in as docs/concepts.md
+says.
 """
 
 from __future__ import annotations
