@@ -67,7 +67,7 @@ STAGES = (0.5, 0.75)
 # is a tenth off the plan.
 _PRICE = 0.1
 _PACE = 0.1
-_BEND = 0.2
+_BEND = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
