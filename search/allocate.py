@@ -146,11 +146,11 @@ class Allocator:
         only bounds its z from one side and gets the value nearest zero.
         """
         space = self.space
-        before, after = self._hull_densities(ranks)
         dense, low = ranks >= space.full_ranks, ranks <= space.low_ranks
         inner = ~dense & ~low
         if not inner.any():
             return np.zeros(len(ranks))
+        before, after = self._hull_densities(ranks)
         here = (before + after) / 2
         level = here[inner].mean()
         z = np.where(low, np.minimum(level - after, 0.0), level - here)

@@ -1,7 +1,8 @@
 """Samplers to compare the default one with: Optuna's own over the named tilts, and CMA-ES over one tilt per target.
 
 References:
-    CMA-ES  N. Hansen, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772
+    CMA-ES      N. Hansen, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772
+    sep-CMA-ES  Ros, Hansen, A Simple Modification in CMA-ES Achieving Linear Time and Space Complexity, PPSN 2008
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ _SAMPLERS = {
 }
 _WIDTH = BOUND / 3
 """CMA-ES' first standard deviation, a sixth of the range of a tilt as in Optuna."""
+SEPARABLE = 300
+"""Targets from which on CMA-ES learns a variance of each alone: a whole covariance takes their cube per proposal, and
+more trials than a search has."""
 
 
 def baseline(name: str, allocator: Allocator, kept: float, seed: int) -> Sampler:
@@ -73,7 +77,8 @@ class Tilted:
 class CmaEs:
     """CMA-ES over z, one log weight per target on the prior; the optimizer that Optuna's CmaEsSampler runs.
 
-    It is re-built from the points of the trials, so it needs no state of its own.
+    With `SEPARABLE` targets or more its covariance is diagonal. It is re-built from the points of the trials, so it
+    needs no state of its own.
     """
 
     def __init__(self, allocator: Allocator, kept: float, seed: int) -> None:
@@ -82,9 +87,10 @@ class CmaEs:
 
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Draw:
         """Tell the finished generations, then ask. A trial that was stopped or failed ranks last in its own."""
-        from cmaes import CMA  # reading a study does not need it
+        from cmaes import CMA, SepCMA  # reading a study does not need it
 
-        cma = CMA(mean=np.zeros(len(self._allocator.space.targets)), sigma=_WIDTH, seed=draw_seed(self._seed, 0))
+        d = len(self._allocator.space.targets)
+        cma = (CMA if d < SEPARABLE else SepCMA)(mean=np.zeros(d), sigma=_WIDTH, seed=draw_seed(self._seed, 0))
         told = [(_unpack(t.user_attrs[POINT]), _score(t)) for t in trials if t.state.is_finished() and _has_point(t)]
         for start in range(0, len(told) - cma.population_size + 1, cma.population_size):
             cma.tell(told[start : start + cma.population_size])

@@ -12,7 +12,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -21,13 +20,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.coordinates import kind_names
 from ranksearch.search.draw import ATTEMPTS, POINT, Draw, draw_seed, stable, taken
+from ranksearch.search.plan import ATTENTION, check_sampler, has_attention, sampled_space
 from ranksearch.search.space import Ranks, RankSpace, proportional
-from ranksearch.search.targets import Target
 
 LOW, HIGH = 0.2, 1.0
 _FIRST = 3
 """Random points before the process is asked, as published."""
-_NAMED = ("q_proj", "k_proj", "v_proj")
 
 
 class Bolaco:
@@ -45,10 +43,9 @@ class Bolaco:
         Raises:
             ImpossibleBudget: No vector with dense value matrices meets the budget.
         """
-        dense = ("*v_proj",) if _has_named(space.targets) else ()
-        self._space, self._kept, self._seed = replace(space, keep_dense=(*space.keep_dense, *dense)), kept, seed
-        self._space.check_budget(kept)
-        self._variables = _variables(space.targets, groups)
+        check_sampler(space, "bolaco", kept)
+        self._space, self._kept, self._seed = sampled_space(space, "bolaco"), kept, seed
+        self._variables = _variables(space, groups)
         self.names = tuple(sorted(set(self._variables) - {""}))
 
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Draw:
@@ -77,18 +74,15 @@ class Bolaco:
         return dict(shadow.ask(dict(distributions)).params)
 
 
-def _variables(targets: Sequence[Target], groups: int) -> list[str]:
+def _variables(space: RankSpace, groups: int) -> list[str]:
     """The variable that each target's share is; empty for a target that stays dense."""
-    named, depths = _has_named(targets), sorted({t.depth for t in targets})
+    targets, named = space.targets, has_attention(space)
+    depths = sorted({t.depth for t in targets})
     found = []
     for target, kind in zip(targets, kind_names(targets), strict=True):
         last = target.kind.rpartition(".")[2]
-        if named and last in _NAMED:
+        if named and last in ATTENTION:
             kind = "" if last == "v_proj" else "qk"
         group = groups * depths.index(target.depth) // len(depths)
         found.append(kind if groups == 1 or not kind else f"{kind} {group}")
     return found
-
-
-def _has_named(targets: Sequence[Target]) -> bool:
-    return set(_NAMED) <= {t.kind.rpartition(".")[2] for t in targets}

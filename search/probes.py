@@ -21,8 +21,11 @@ from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
 
 _TENTHS = np.arange(1, 11) / 10
-BINS = 10_000
-"""The knapsack counts parameters in units of which the budget holds at most so many."""
+BINS, BINS_PER_TARGET = 10_000, 100
+"""The knapsack counts parameters in units of which the budget holds at most so many, whichever is more: what rounding
+up costs each target, half a unit on average, is half a percent of the budget then."""
+MOST_CHOICES = 1 << 28
+"""Targets times units, at most; the choices, one byte each, are held at once."""
 
 
 class Probes:
@@ -149,7 +152,8 @@ def knapsack(space: RankSpace, kept: float, measured: Sequence[Mapping[int, floa
     room = space.budget(kept) - sum(int(row[0]) for row in costs)
     if room < 0:
         return space.low_ranks.copy()
-    unit = max(1, -(-room // BINS))
+    bins = min(max(BINS, BINS_PER_TARGET * len(ranks)), MOST_CHOICES // len(ranks))
+    unit = max(1, -(-room // bins))
     chosen = _fewest([-(-(row - row[0]) // unit) for row in costs], losses, room // unit)
     return np.array([row[index] for row, index in zip(ranks, chosen, strict=True)])
 
@@ -161,12 +165,14 @@ def _fewest(weights: Sequence[Ranks], losses: Sequence[Floats], capacity: int) -
     """
     best, choices = np.zeros(capacity + 1), []
     for weight, loss in zip(weights, losses, strict=True):
-        totals = np.full((len(weight), capacity + 1), np.inf)
-        for option, (w, cost) in enumerate(zip(weight, loss, strict=True)):
+        lowest, choice = best + loss[0], np.zeros(capacity + 1, dtype=np.int8)
+        for option, (w, cost) in enumerate(zip(weight[1:], loss[1:], strict=True), start=1):
             if w <= capacity:
-                totals[option, w:] = best[: capacity + 1 - w] + cost
-        choices.append(totals.argmin(axis=0).astype(np.int16))
-        best = totals.min(axis=0)
+                total = best[: capacity + 1 - w] + cost
+                choice[w:][total < lowest[w:]] = option
+                np.minimum(lowest[w:], total, out=lowest[w:])
+        choices.append(choice)
+        best = lowest
     found, left = [], capacity
     for weight, choice in zip(reversed(weights), reversed(choices), strict=True):
         found.append(int(choice[left]))

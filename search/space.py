@@ -153,7 +153,7 @@ class RankSpace:
             ImpossibleBudget: `kept` lies outside (0, 1] or below the smallest vector; `data` holds `kept`,
                 `minimum_kept`.
         """
-        least = self._minimum_kept()
+        least = self.minimum_kept
         if not 0 < kept <= 1:
             raise ImpossibleBudget(
                 f"kept {kept:g} is outside (0, 1]; this model allows {least:g} to 1.", kept=kept, minimum_kept=least
@@ -167,7 +167,8 @@ class RankSpace:
                 minimum_kept=least,
             )
 
-    def _minimum_kept(self) -> float:
+    @property
+    def minimum_kept(self) -> float:
         """The smallest `kept` that works, rounded up to 3 significant digits."""
         exact = Fraction(self.minimum, self.parameters)
         scale = 10 ** (3 - math.floor(math.log10(exact)) - 1)

@@ -39,6 +39,9 @@ Step = Literal["sequential", "distill", "soco"]
 #: Tokens that `distill` and `soco` train on.
 TRAINING_TOKENS = 1_000_000
 
+#: Trials that a budget may have.
+MOST_TRIALS = 10_000
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -155,6 +158,8 @@ class Method(_Part):
         steps, own = self.steps, PRESETS[self.preset].metric
         if own is not None and self.metric != own:
             raise ValueError(f"preset {self.preset} works in metric {own}; leave method.metric out")
+        if steps and own in UNREFINED:
+            raise ValueError(f"preset {self.preset} cannot be followed by {steps[0]}; leave method.refine out")
         if steps and self.metric in UNREFINED:
             raise ValueError(
                 f"{steps[0]} cannot work in metric {self.metric}; name feature or two_sided, or do without it"
@@ -186,7 +191,7 @@ class Method(_Part):
 class Search(_Part):
     """How rank vectors are proposed."""
 
-    trials: Annotated[int, Field(ge=1, le=10_000)] = Field(
+    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] = Field(
         60,
         description="Per budget. Presets that choose by a formula take one trial, and `asvd` and `dp-knapsack` one for "
         "each target and share and one more, whatever this says.",

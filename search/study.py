@@ -53,11 +53,13 @@ class Proposal:
         number: Trial number in the study.
         ranks: `(targets,)`.
         origin: `prior`, `uniform`, `search`, `probe`, or the name of the preset whose rule gave it.
+        scores: All scores by name, where another budget of the job has measured this probe; else None.
     """
 
     number: int
     ranks: Ranks
     origin: str
+    scores: Mapping[str, float] | None = None
 
 
 class RankStudy:
@@ -119,7 +121,8 @@ class RankStudy:
         self._baseline = baseline(sampler, self.allocator, kept, spec.seed) if other else None
         self._storage = optuna.storages.get_storage(storage)
         nearest = sorted(siblings, key=lambda other: abs(other - kept))
-        self._siblings = [study_name(job_id, other) for other in nearest if other != kept]
+        self._job_id, self._other_budgets = job_id, [other for other in nearest if other != kept]
+        self._siblings = [study_name(job_id, other) for other in self._other_budgets]
         check_targets(self._storage, learn_from, space)
         self._offered: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -179,9 +182,9 @@ class RankStudy:
         if drawn is None:
             return None
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=self._template(drawn, origin))
-        number = self._storage.get_trial(trial_id).number
-        self._offered.add(number)
-        return Proposal(number=number, ranks=drawn.ranks, origin=origin)
+        trial = self._storage.get_trial(trial_id)
+        self._offered.add(trial.number)
+        return self._proposal(trial)
 
     def tell(self, number: int, *, score: float, scores: Mapping[str, float], seconds: float, worker: str) -> None:
         """Finish a trial. Telling a finished trial again changes nothing.
@@ -330,8 +333,15 @@ class RankStudy:
         return {name: FloatDistribution(-BOUND, BOUND) for name in self.coordinates.names}
 
     def _proposal(self, trial: FrozenTrial) -> Proposal:
-        ranks = self.space.unpack(trial.user_attrs[RANKS])
-        return Proposal(number=trial.number, ranks=ranks, origin=trial.user_attrs["origin"])
+        packed, origin = trial.user_attrs[RANKS], trial.user_attrs["origin"]
+        scores = self._measured_before.get(packed) if origin == PROBE else None
+        return Proposal(number=trial.number, ranks=self.space.unpack(packed), origin=origin, scores=scores)
+
+    @cached_property
+    def _measured_before(self) -> dict[str, dict[str, float]]:
+        """Packed vector -> scores, of all that the job's other budgets have measured so far."""
+        rows = (row for kept in self._other_budgets for row in trials_of(self._storage, self._job_id, kept))
+        return {row["ranks"]: row["scores"] for row in rows if row["state"] == "COMPLETE"}
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study_id, deepcopy=False)

@@ -1,8 +1,9 @@
 """TuRBO: a Gaussian process over the raw shares of all targets, asked in a trust region around the best vector.
 
 The region is a box in the shares, longer where the process varies less. It doubles after some successes in a row,
-halves after as many failures as there are targets, and starts anew when it has become too small. Candidates perturb
-some coordinates of the best vector and are projected onto the budget within the box; a draw from the posterior chooses.
+halves after as many failures as there are targets. When it has become too small, it starts anew around the uniform
+allocation and what was learned so far is forgotten. Candidates perturb some coordinates of the best vector and are
+projected onto the budget within the box; a draw from the posterior chooses.
 
 References:
     TuRBO  Scalable Global Optimization via Local Bayesian Optimization, arXiv 1910.01739; constants of the paper and of
@@ -55,8 +56,9 @@ class Turbo:
         """The candidate that a draw from the posterior likes best, or any while there is too little to learn from."""
         finished = [t for t in trials if t.state.is_finished()]
         scores = [math.log(max(t.value, 1e-300)) if _complete(t) and t.value else math.inf for t in finished]
-        told = [(t, score) for t, score in zip(finished, scores, strict=True) if math.isfinite(score)]
-        length = trust_region_length(scores, len(self._weights))
+        length, begun = trust_region(scores, len(self._weights))
+        since = zip(finished[begun:], scores[begun:], strict=True)
+        told = [(t, score) for t, score in since if math.isfinite(score)]
         with one_thread():
             torch.manual_seed(draw_seed(self._seed, number))
             shares = self._choose(told, length, number)
@@ -96,10 +98,15 @@ class Turbo:
         return self._space.unpack(trial.user_attrs[RANKS])
 
 
-def trust_region_length(scores: Sequence[float], dimensions: int) -> float:
-    """Side of the trust region after these scores, smaller is better and infinite for none, in the order of trials."""
-    length, best, successes, failures = _LENGTH, math.inf, 0, 0
-    for score in scores:
+def trust_region(scores: Sequence[float], dimensions: int) -> tuple[float, int]:
+    """Side of the trust region after these scores, and how many of them came before it last started anew.
+
+    Args:
+        scores: In the order of trials, smaller is better and infinite for none.
+        dimensions: How many targets there are.
+    """
+    length, best, successes, failures, begun = _LENGTH, math.inf, 0, 0, 0
+    for count, score in enumerate(scores, start=1):
         if score < best - 1e-3 * (abs(best) if math.isfinite(best) else 0.0):
             successes, failures = successes + 1, 0
         else:
@@ -110,8 +117,8 @@ def trust_region_length(scores: Sequence[float], dimensions: int) -> float:
         elif failures == max(4, dimensions):
             length, failures = length / 2, 0
         if length < _SHORTEST:
-            length = _LENGTH
-    return length
+            length, best, successes, failures, begun = _LENGTH, math.inf, 0, 0, count
+    return length, begun
 
 
 def project(points: Tensor, weights: Tensor, total: float, low: Tensor, high: Tensor) -> Tensor:

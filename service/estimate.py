@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from pydantic import BaseModel, Field
 
-from ranksearch.search.errors import RanksearchError
+from ranksearch.search.plan import check_budget, check_trials, sampled_space, sampler_of
 from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
@@ -95,14 +95,17 @@ def rank_space(spec: JobSpec, tensors: Tensors) -> RankSpace:
 
 
 def check_budgets(spec: JobSpec, space: RankSpace) -> None:
-    """Refuse impossible budgets, each with its place and the smallest that works.
+    """Refuse impossible budgets, each with its place and the smallest that works, and searches of too many trials.
 
     Raises:
         ImpossibleBudget: No rank vector meets one of them.
+        InvalidInput: The preset would take more trials than a budget may have.
     """
     for place, kept in enumerate(spec.budget.kept):
         with at(f"/budget/kept/{place}"):
-            space.check_budget(kept)
+            check_budget(spec, space, kept)
+    with at("/method/preset"):
+        check_trials(spec, space)
 
 
 def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
@@ -119,7 +122,7 @@ def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
     return Estimate(
         parameters=Parameters(model=model, targets=space.parameters),
         model_bytes=stored,
-        minimum_kept=_minimum_kept(space),
+        minimum_kept=sampled_space(space, sampler_of(spec) or "").minimum_kept,
         break_even=_break_even(space),
         budgets=budgets,
         memory=memory,
@@ -139,14 +142,6 @@ def _budget(kept: float, spec: JobSpec, space: RankSpace, model: int, width: int
         model_parameters=remaining,
         checkpoint_bytes=remaining * written + indices,
     )
-
-
-def _minimum_kept(space: RankSpace) -> float:
-    try:
-        space.check_budget(space.minimum / space.parameters / 2)
-    except RanksearchError as error:
-        return float(error.data["minimum_kept"])
-    return space.minimum / space.parameters
 
 
 def _break_even(space: RankSpace) -> list[TargetKind]:
@@ -185,7 +180,8 @@ def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
     weights = model * width
     widest = max(max(t.in_features, t.out_features) for t in space.targets)
     activations = _TRIAL_TOKENS_AT_ONCE * widest * 16 * width
-    calibrate = weights + min(4 * _moment_numbers(spec, space.targets), _MOMENTS_AT_ONCE) + activations
+    copies = 2 if spec.method.metric == "centred" else 1  # the average over pools, and the pool that is open
+    calibrate = weights + min(4 * copies * _moment_numbers(spec, space.targets), _MOMENTS_AT_ONCE) + activations
     factor = weights + max(8 * 6 * max(t.in_features, t.out_features) ** 2 for t in space.targets)
     trial = weights + width * _bank_numbers(spec, space.targets) + activations
     return Memory(model_bytes=weights, calibrate_bytes=calibrate, factor_bytes=factor, trial_bytes=trial)
@@ -211,6 +207,16 @@ def _multiplied(space: RankSpace, kept: float) -> int:
     return int(np.where(ranks < space.full_ranks, ranks * space.marginals, space.dense_costs).sum())
 
 
+def _searched(spec: JobSpec, space: RankSpace, model: int) -> int:
+    """Parameters that the trials of all budgets multiply a token with."""
+    trial = [model - space.parameters + _multiplied(space, kept) for kept in spec.budget.kept]
+    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in spec.budget.kept]
+    if spec.method.preset == "asvd":
+        # a probe leaves all targets but one dense, and serves every budget
+        return (max(trials) - 1) * model + sum(trial)
+    return sum(count * cost for count, cost in zip(trials, trial, strict=True))
+
+
 def _refined_tokens(spec: JobSpec, tokens: int) -> float:
     """Operations of the steps after the search, per parameter of the model, for `tokens` of calibration text."""
     # three strengths, each about ten runs of every block; training: the teacher once, the student forward and back
@@ -227,12 +233,10 @@ def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[
     targets = space.targets
     # forward, or forward and back; the gradients of weights are one more product
     passes = {"weight": 0, "two_sided": 6, "fisher": 8, "attribution": 6}.get(spec.method.metric, 2)
-    trial = [2 * evaluated * (model - space.parameters + _multiplied(space, kept)) for kept in spec.budget.kept]
-    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in spec.budget.kept]
     operations = {
         "calibrate": tokens * (passes * model + 2 * _moment_numbers(spec, targets)),
         "factor": sum(_SVD_OPERATIONS * t.parameters * t.full_rank for t in targets),
-        "search": sum(count * cost for count, cost in zip(trials, trial, strict=True)) + 2 * evaluated * model,
+        "search": 2 * evaluated * (model + _searched(spec, space, model)),
         "finish": (4 * (tested + evaluated) + _refined_tokens(spec, tokens)) * model * len(spec.budget.kept),
     }
     minutes = {stage: round(count / flops / 60, 3) for stage, count in operations.items()}

@@ -83,6 +83,8 @@ class Ahead:
         if self._thread is None and not self._dropped.is_set():
             self._start()
         self._raise()
+        if self._dropped.is_set():
+            return  # nobody takes parts any more
         self._seen |= part.leader.keys()
         self._parts.put(part)
 

@@ -38,8 +38,9 @@ def shapes_of(group: Sequence[Target], needs: Needs) -> Shapes:
 
 
 def bytes_of(group: Sequence[Target], needs: Needs) -> int:
-    """Bytes of what is collected for targets that share their inputs."""
-    return sum(4 * torch.Size(shape).numel() for shape in shapes_of(group, needs).values())
+    """Bytes that are held while it is collected for targets that share their inputs."""
+    pool = group[0].in_features ** 2 if needs.pool is not None else 0  # the open one, beside the average
+    return 4 * (pool + sum(torch.Size(shape).numel() for shape in shapes_of(group, needs).values()))
 
 
 class CalibrationWriter:

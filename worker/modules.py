@@ -79,7 +79,7 @@ class PivotedLinear(nn.Module):
 
     `y = cat([pivot x, rest (pivot x)])[order] + bias`: no more multiplications than parameters, and for the same
     parameters a larger rank than two thin matrices have. A feature is a row inside, so that putting the rows in order
-    copies whole rows; the result is a transposed view.
+    copies whole rows; the result is contiguous like an `nn.Linear`'s, so that a model may `view` it.
     """
 
     order: Tensor
@@ -117,7 +117,7 @@ class PivotedLinear(nn.Module):
         rows = torch.cat([pivots, self.rest(pivots)]).index_select(0, self.order)
         if self.bias is not None:
             rows = rows + self.bias[:, None]
-        return rows.mT.reshape(*features.shape[:-1], self.out_features)
+        return rows.mT.contiguous().view(*features.shape[:-1], self.out_features)
 
     @staticmethod
     def tensor_names(bias: bool) -> tuple[str, ...]:

@@ -122,7 +122,9 @@ class _Search:
         run.worker.trial = None
 
     def _evaluate(self, proposal: Proposal) -> dict[str, float] | None:
-        """Score a vector part by part; None when the study says that it cannot become the best."""
+        """Score a vector part by part, unless its scores are known; None when it cannot become the best."""
+        if proposal.scores is not None:
+            return dict(proposal.scores)
         ranks = self._study.space.as_dict(proposal.ranks)
         step = 0
         while True:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
+from ranksearch.search.plan import check_budget, check_trials
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.worker.ahead import Ahead
@@ -101,7 +102,8 @@ class Workbench:
         targets = find_targets(model)
         space = RankSpace.of(spec.method, targets)
         for kept in spec.budget.kept:
-            space.check_budget(kept)
+            check_budget(spec, space, kept)
+        check_trials(spec, space)
         progress(0.4)
         material = gather(
             spec.calibration.model_dump(),
@@ -156,8 +158,8 @@ class Workbench:
 
     def factor(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
         """Factor all targets and write the bank to a file."""
-        build = self._build(job)
         self._unload("trials")
+        build = self._build(job)
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
         number, ahead = self._loaded.get("ahead", (None, None))
         if number != job["id"] or not ahead.finish(output, progress):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from ranksearch.search.allocate import Allocator
+from ranksearch.search.baselines import SEPARABLE, CmaEs
 from ranksearch.search.bolaco import Bolaco
+from ranksearch.search.coordinates import RANKS
 from ranksearch.search.draw import POINT
 from ranksearch.search.errors import ImpossibleBudget
 from ranksearch.search.evolution import LEVEL
@@ -17,7 +19,7 @@ from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
-from ranksearch.search.turbo import project, trust_region_length
+from ranksearch.search.turbo import Turbo, project, trust_region
 
 from .cases import llama_space, power_spectra, target
 
@@ -139,8 +141,9 @@ def test_the_space_of_the_paper_has_four_groups_of_five_and_other_models_one_sha
     kinds = ("attn.c_attn", "mlp.c_fc")
     gpt = RankSpace(targets=tuple(target(f"h.{i}.{kind}", 48, 16, kind, i) for i in range(3) for kind in kinds))
     assert Bolaco(gpt, KEPT, 0).names == kinds
-    with pytest.raises(ImpossibleBudget, match="keep_dense"):
+    with pytest.raises(ImpossibleBudget, match="v_proj") as caught:
         Bolaco(SPACE, 0.05, 0)
+    Bolaco(SPACE, caught.value.data["minimum_kept"], 0)
 
 
 def test_projection_is_the_nearest_point_of_the_box_on_the_budget() -> None:
@@ -157,9 +160,34 @@ def test_projection_is_the_nearest_point_of_the_box_on_the_budget() -> None:
 
 
 def test_the_trust_region_grows_with_successes_and_shrinks_with_failures() -> None:
-    assert trust_region_length([], 4) == 0.8
-    assert trust_region_length([3.0, 2.0, 1.0], 4) == 1.6
-    assert trust_region_length([1.0, *[2.0] * 4], 4) == 0.4
-    assert trust_region_length([1.0, *[math.inf] * 8], 4) == 0.2
-    assert trust_region_length([1.0, *[2.0] * 28], 4) == 0.8  # too small: it starts anew
-    assert trust_region_length([1.0, 0.9999, 0.9998], 4) == 0.8
+    assert trust_region([], 4) == (0.8, 0)
+    assert trust_region([3.0, 2.0, 1.0], 4) == (1.6, 0)
+    assert trust_region([1.0, *[2.0] * 4], 4) == (0.4, 0)
+    assert trust_region([1.0, *[math.inf] * 8], 4) == (0.2, 0)
+    assert trust_region([1.0, 0.9999, 0.9998], 4) == (0.8, 0)
+    # too small: it starts anew, and a score is a success that the first region had bettered
+    assert trust_region([1.0, *[2.0] * 28], 4) == (0.8, 29)
+    assert trust_region([1.0, *[2.0] * 28, 5.0, 4.0, 3.0], 4) == (1.6, 29)
+
+
+def test_a_trust_region_that_starts_anew_forgets_what_came_before() -> None:
+    sampler = Turbo(SPACE, KEPT, 0)
+    study = optuna.create_study()
+    good = Allocator(SPACE, SPECTRA).prior(KEPT)
+    for value in [1.0, *[2.0] * (7 * len(SPACE.targets))]:
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs={RANKS: SPACE.pack(good)}))
+    number = len(study.trials)
+    np.testing.assert_array_equal(sampler.propose(study.trials, number).ranks, sampler.propose([], number).ranks)
+    assert not np.array_equal(sampler.propose(study.trials[:-1], number).ranks, sampler.propose([], number).ranks)
+
+
+def test_many_targets_are_searched_with_a_diagonal_covariance() -> None:
+    space = llama_space(blocks=SEPARABLE // 7 + 1)
+    sampler = CmaEs(Allocator(space, power_spectra(space)), KEPT, 0)
+    study = optuna.create_study()
+    for number in range(25):  # more than a generation
+        draw = sampler.propose(study.trials, number)
+        assert space.is_exact(draw.ranks, KEPT)
+        study.add_trial(optuna.trial.create_trial(value=1.0 + number, user_attrs={POINT: draw.point}))
+    again = CmaEs(Allocator(space, power_spectra(space)), KEPT, 0).propose(study.trials[:24], 24)
+    assert again.point == study.trials[24].user_attrs[POINT]

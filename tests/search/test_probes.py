@@ -27,7 +27,13 @@ SPECTRA = power_spectra(SMALL)
 KEPT = 0.45
 
 
-def open_study(storage: optuna.storages.BaseStorage, preset: str, kept: float = KEPT, **options: object) -> RankStudy:
+def open_study(
+    storage: optuna.storages.BaseStorage,
+    preset: str,
+    kept: float = KEPT,
+    siblings: tuple[float, ...] = (),
+    **options: object,
+) -> RankStudy:
     return RankStudy(
         storage=storage,
         job_id="job_a",
@@ -36,6 +42,7 @@ def open_study(storage: optuna.storages.BaseStorage, preset: str, kept: float = 
         spectra=SPECTRA,
         spec=Search(trials=3, pruner="wilcoxon"),
         dense_score=10.0,
+        siblings=siblings,
         preset=preset,
     )
 
@@ -66,6 +73,7 @@ def test_the_knapsack_is_the_best_of_all_combinations(seed: int) -> None:
 
 def test_a_knapsack_with_few_bins_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ranksearch.search.probes.BINS", 20)
+    monkeypatch.setattr("ranksearch.search.probes.BINS_PER_TARGET", 5)
     for seed in range(5):
         assert SMALL.cost(knapsack(SMALL, KEPT, measure(np.random.default_rng(seed)))) <= SMALL.budget(KEPT)
 
@@ -160,3 +168,56 @@ def test_a_model_of_many_targets_is_probed_target_by_target() -> None:
     assert planned_trials("asvd", 60, space, 0.5) == 1 + 21 * 9
     assert planned_trials("bolaco", 60, space, 0.5) == 60
     assert planned_trials("mgaa", 60, space, 0.5) == 1
+
+
+def test_budgets_of_a_job_share_what_they_measure() -> None:
+    storage, kepts = optuna.storages.InMemoryStorage(), (KEPT, 0.3)
+    first = open_study(storage, "asvd", siblings=kepts)
+    while (proposal := first.ask()) is not None:
+        assert proposal.scores is None
+        if proposal.number == 2:
+            first.tell_failed(2, "broken")
+        else:
+            tell(first, proposal.number, proposal.ranks)
+    alone = open_study(optuna.storages.InMemoryStorage(), "asvd", kept=0.3)
+    measured = []
+    # a new process each time, which may also find the trial that the last one left
+    while (proposal := open_study(storage, "asvd", kept=0.3, siblings=kepts).ask()) is not None:
+        study = open_study(storage, "asvd", kept=0.3, siblings=kepts)
+        again = study.ask()
+        assert again is not None
+        assert again.scores == proposal.scores
+        if proposal.scores is None:
+            measured.append(proposal.number)
+            tell(study, proposal.number, proposal.ranks)
+        else:
+            scores = dict(proposal.scores)
+            study.tell(proposal.number, score=scores["perplexity"], scores=scores, seconds=0.0, worker="w")
+    assert measured == [2, study.planned - 1]
+    while (proposal := alone.ask()) is not None:
+        tell(alone, proposal.number, proposal.ranks)
+    assert study.best is not None
+    assert alone.best is not None
+    np.testing.assert_array_equal(study.best.ranks, alone.best.ranks)
+    rows = [[(row["ranks"], row["score"]) for row in each.history()] for each in (study, alone)]
+    assert rows[0] == rows[1]
+
+
+def test_many_targets_leave_little_of_the_budget_to_rounding() -> None:
+    rng = np.random.default_rng(0)
+    space = RankSpace(targets=tuple(target(f"t{i}", 512 + 8 * (i % 64), 512, "k", i) for i in range(400)))
+    levels = np.stack([space.at_costs(share * space.dense_costs) for share in np.arange(1, 11) / 10], axis=1)
+    measured = [dict(zip(map(int, row), np.sort(rng.random(10))[::-1].tolist(), strict=True)) for row in levels]
+    found = space.cost(knapsack(space, KEPT, measured))
+    assert 0.993 * space.budget(KEPT) < found <= space.budget(KEPT)
+
+
+@pytest.mark.parametrize(("kept", "method"), [(1.0, {}), (1.0, {"form": "pivoted"})])
+def test_a_space_in_which_all_is_fixed_is_one_trial(kept: float, method: dict[str, str]) -> None:
+    for preset in ("ranksearch", "uniform", "asvd", "dp-knapsack"):
+        study = open_study(optuna.storages.InMemoryStorage(), preset, kept=kept, keep_dense=("*",), **method)
+        proposal = study.ask()
+        assert proposal is not None
+        np.testing.assert_array_equal(proposal.ranks, SMALL.full_ranks)
+        tell(study, proposal.number, proposal.ranks)
+        assert study.ask() is None

@@ -42,6 +42,11 @@ def test_another_metric_or_sampler_than_the_preset_s_is_refused() -> None:
     assert spec(method={"preset": "uniform", "metric": "weight"}, search={"sampler": "tpe"}).method.metric == "weight"
 
 
+def test_a_preset_that_cannot_be_refined_says_so_itself() -> None:
+    with pytest.raises(ValidationError, match=r"preset bolaco cannot be followed by sequential; leave method\.refine"):
+        spec(method={"preset": "bolaco", "refine": ["sequential"]})
+
+
 @pytest.mark.parametrize("metric", UNREFINED)
 def test_factors_that_no_step_can_work_with_are_not_refined(metric: str) -> None:
     with pytest.raises(ValidationError, match=f"sequential cannot work in metric {metric}"):

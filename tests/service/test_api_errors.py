@@ -92,6 +92,34 @@ def test_kept_below_rank_one_everywhere(client: TestClient, good: dict[str, Any]
     assert refused(client, {**good, "budget": {"kept": [below]}})["data"]["minimum_kept"] == least
 
 
+def test_a_budget_below_what_bolaco_keeps_dense(client: TestClient, good: dict[str, Any]) -> None:
+    for method in ({"method": {"preset": "bolaco"}}, {"search": {"sampler": "bolaco-20"}}):
+        spec = {**good, **method, "budget": {"kept": [0.5, 0.25]}}
+        problem = refused(client, spec)
+        assert (problem["code"], pointers(problem)) == ("impossible_budget", ["/budget/kept/1"])
+        assert "v_proj" in problem["detail"]
+        least = problem["data"]["minimum_kept"]
+        assert client.post("/v1/jobs", json={**spec, "budget": {"kept": [least]}}).status_code == 202
+        estimated = client.post("/v1/estimates", json={**spec, "budget": {"kept": [least]}})
+        assert estimated.json()["minimum_kept"] == least
+    assert client.post("/v1/jobs", json={**good, "budget": {"kept": [0.25]}}).status_code == 202
+
+
+def test_more_probes_than_a_budget_may_have(
+    client: TestClient, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ranksearch.search.plan.MOST_TRIALS", 20)
+        for preset in ("asvd", "dp-knapsack"):
+            spec = {**good, "method": {"preset": preset}}
+            for path in ("/v1/jobs", "/v1/estimates"):
+                problem = refused(client, spec, path=path)
+                assert pointers(problem) == ["/method/preset"]
+                assert problem["data"]["trials"] > problem["data"]["most"] == 20
+            fewer = {**spec, "method": {"preset": preset, "keep_dense": ["*.0.*", "*.mlp.*"]}}
+            assert client.post("/v1/jobs", json={**fewer, "budget": {"kept": [0.9]}}).status_code == 202
+
+
 def test_unknown_fields_are_named(client: TestClient, good: dict[str, Any]) -> None:
     problem = refused(client, {**good, "kept": 0.5, "search": {"trails": 3}, "a/b~c": 1})
     assert problem["code"] == "invalid_spec"

@@ -10,6 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ranksearch.search.errors import UnsupportedModel
+from ranksearch.search.probes import planned_trials
+from ranksearch.search.space import RankSpace
 from ranksearch.service.context import Context
 from ranksearch.service.models import Tensor, find_targets, read_folder
 from ranksearch.service.store.settings import Settings
@@ -158,6 +160,23 @@ def test_minutes_follow_the_fastest_living_worker(client: TestClient, context: C
     assert weight["disk"]["calibration_bytes"] == 0
 
 
+def test_probes_of_asvd_cost_a_dense_pass_and_are_run_once_for_all_budgets(
+    client: TestClient, context: Context, settings: Settings, model: Path, body: dict[str, Any]
+) -> None:
+    context.workers.register("w", host="h", device="cpu", pid=1, flops=1e6)
+
+    def minutes(preset: str, *kept: float) -> float:
+        spec = {**body, "method": {"preset": preset}, "budget": {"kept": kept}}
+        return float(client.post("/v1/estimates", json=spec).json()["minutes"]["search"])
+
+    dense = minutes("uniform", 1.0) / 2  # the dense model, and the trial that is just as dense
+    space = RankSpace(targets=tuple(find_targets(read_folder(model, settings))))
+    probes = planned_trials("asvd", 1, space, 0.5) - 1
+    assert probes > 14
+    assert minutes("asvd", 0.5) == pytest.approx(minutes("uniform", 0.5) + probes * dense, rel=1e-3)
+    assert minutes("asvd", 0.5, 0.6) == pytest.approx(minutes("uniform", 0.5, 0.6) + probes * dense, rel=1e-3)
+
+
 def test_an_estimate_refuses_what_a_job_would(client: TestClient, body: dict[str, Any], allowed: Path) -> None:
     small = client.post("/v1/estimates", json={**body, "budget": {"kept": [0.001]}})
     assert (small.status_code, small.json()["code"]) == (422, "impossible_budget")
@@ -173,3 +192,6 @@ def test_an_estimate_knows_what_each_metric_collects(client: TestClient, body: d
     assert 0 == collected["weight"] < collected["activation"] < collected["fisher"]
     assert collected["fisher"] < collected["feature"] == collected["centred"] < collected["two_sided"]
     assert collected["attribution"] == 4 * answers["attribution"]["parameters"]["targets"]
+    held = {metric: answer["memory"]["calibrate_bytes"] for metric, answer in answers.items()}
+    # an average over pools, and the pool that is open
+    assert held["centred"] - held["weight"] == 2 * (held["feature"] - held["weight"]) > 0

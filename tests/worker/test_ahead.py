@@ -135,6 +135,17 @@ def test_a_calibration_that_begins_again_is_factored_afterwards(
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_queued_that_nobody_takes(
+    tiny: Callable[..., nn.Module], blocks: torch.Tensor, tmp_path: Path
+) -> None:
+    model = tiny(num_hidden_layers=3)
+    ahead = begin(model, tmp_path / "ahead")
+    ahead.drop()
+    collect(model, blocks, complete=ahead.add)
+    assert ahead._parts.get_nowait() is None
+    assert ahead._parts.empty()
+
+
 class HereAndNow:
     """A device process in this one, which may crash between two requests."""
 

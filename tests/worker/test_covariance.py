@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ranksearch.search.targets import Target
+from ranksearch.worker.calibration_file import bytes_of
 from ranksearch.worker.covariance import Moments, PooledCovariance
+from ranksearch.worker.metrics import Needs
 
 
 def features(tokens: int, size: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -89,3 +92,12 @@ def test_pools_of_fewer_than_two_vectors_wait_for_more() -> None:
     assert found.tokens == 21
     assert not _pools(X[:1], [1]).take_mean().any()
     assert not _pools(X[:0], [0]).take_mean().any()
+
+
+def test_what_a_pooled_covariance_holds_is_counted():
+    found = PooledCovariance(64)
+    found.add(features(20, 64))
+    matrices = found._average.nbytes + found._pool.second.nbytes
+    shared = [Target(name=name, out_features=8, in_features=64, kind=name, depth=0) for name in "qkv"]
+    assert bytes_of(shared, Needs(pool=4)) == matrices + found.mean.nbytes
+    assert bytes_of(shared, Needs()) == found._average.nbytes

@@ -255,3 +255,12 @@ def test_a_compressed_layer_looks_like_a_linear_layer(form: str) -> None:
     assert torch.allclose(layer(features), expected)
     assert torch.allclose(layer.merged()(features), expected)
     assert (layer.in_features, layer.out_features) == (6, 9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (0, 6), (2, 1, 6), (4, 5, 6)])
+def test_what_a_compressed_layer_returns_may_be_viewed(form: str, shape: tuple[int, ...]) -> None:
+    layer = FORMS[form](in_features=6, out_features=9, rank=2, bias=True)
+    found = layer(torch.randn(shape))
+    assert found.view(-1, 3).shape == (found.numel() // 3, 3)  # as models do that split heads
+    assert found.is_contiguous()

@@ -128,6 +128,26 @@ def test_the_checkpoint_computes_what_the_search_scored(
     assert all(loss > 0 for loss in scored["losses"])
 
 
+def test_factoring_after_trials_gives_the_same_bank(job: dict[str, Any], tmp_path: Path) -> None:
+    later, bench = prepared(job, tmp_path), Workbench("cpu")
+    for operation, kind in ((bench.calibrate, "calibration"), (bench.factor, "bank")):
+        operation(later, str(tmp_path / kind), progress=print)
+        later[kind] = str(tmp_path / kind)
+    bank = FactorBank.load(tmp_path / "bank")
+    bench.chunk(later, 0, {name: len(values) for name, values in bank.spectra.items()}, 0, progress=print)
+    bench.factor(later, str(tmp_path / "again"), progress=print)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "bank").read_bytes()
+
+
+def test_more_trials_than_a_budget_may_have_are_refused_in_prepare(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ranksearch.search.plan.MOST_TRIALS", 20)
+    job["spec"] |= {"method": {"preset": "asvd"}}
+    with pytest.raises(InvalidInput, match="asvd would take"):
+        prepared(job, tmp_path)
+
+
 @pytest.mark.parametrize("metric", ["centred", "activation", "fisher", "attribution"])
 def test_a_checkpoint_of_a_published_metric_scores_like_its_trial(
     job: dict[str, Any], tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
