@@ -133,5 +133,5 @@ def test_a_job_that_another_worker_has_is_not_ended(state: WorkerState, job: Job
     state.jobs.release(job.id, ME, "it fell silent")
     state.jobs.set_running(job.id, "other:cpu")
     with pytest.raises(JobLost):
-        publish(run, {0.5: {"files": [{"path": own.name, "size": blob.size, "sha256": blob.sha256}]}})
+        publish(run, {0.5: {"files": [{"path": own.name, "size": blob.size, "sha256": blob.sha256}]}}, {})
     assert state.jobs.get(job.id).status == "running"

@@ -89,12 +89,13 @@ def test_a_preset_that_chooses_by_a_formula_takes_one_trial(worker: Machine, spe
     assert set(report["budgets"][0]["scores"]) == {"dense", "uniform", "prior", "best", "final"}
 
 
-def test_the_same_calibration_is_not_done_twice(worker: Machine, done: str, spec: Spec) -> None:
-    assert not worker.events(done, "calibration.cache_hit")
-    job_id = worker.submit(spec(kept=[0.4], trials=2))
-    worker.succeeded(job_id)
-    assert len(worker.events(job_id, "calibration.cache_hit")) == 1
-    assert len(worker.events(job_id, "bank.cache_hit")) == 1
+def test_the_same_calibration_is_not_done_twice(worker: Machine, spec: Spec) -> None:
+    calibration = {**spec().calibration.model_dump(), "seed": 7}
+    jobs = [worker.submit(spec(kept=[0.4], trials=2, calibration=calibration)) for _ in range(2)]
+    for hits, job_id in enumerate(jobs):
+        worker.succeeded(job_id)
+        assert len(worker.events(job_id, "calibration.cache_hit")) == hits
+        assert len(worker.events(job_id, "bank.cache_hit")) == hits
 
 
 @on_sqlite
