@@ -42,6 +42,6 @@ def run_study(storage: BaseStorage, job_id: str, *, kept: float, trials: int, se
     while (proposal := study.ask()) is not None:
         score = 20.0 + 10.0 * float(np.sum(weights / (1 + proposal.ranks)))
         scores = {"perplexity": score, "kl": score / 100}
-        study.report(proposal.number, 0, np.log(score))
+        study.report(proposal.number, 0, [float(np.log(score))])
         study.tell(proposal.number, score=score, scores=scores, seconds=1.5, worker="host:cpu")
     return study

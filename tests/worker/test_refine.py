@@ -170,7 +170,8 @@ def test_scores_after_a_search_are_kept_only_if_they_are_better(
     bank = FactorBank.load(work.context["bank"])
     untouched = all(torch.equal(right, bank.pair(name, len(right))[1]) for name, (_, right) in refined.pairs.items())
     assert (step["before"], step["after"]) == (1.0, after)
-    assert untouched == (refined.ranks == work.prior()) == (after > 1)
+    assert untouched == (after > 1)
+    assert refined.ranks == work.prior() or after < 1
 
 
 def test_a_step_that_fails_is_left_out_and_said_so(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
