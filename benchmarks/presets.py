@@ -25,10 +25,11 @@ from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
+from ranksearch.search.targets import Metric
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.calibrate import calibrate
 from ranksearch.worker.evaluate import Evaluation
-from ranksearch.worker.metrics import NEEDS, Metric
+from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets
@@ -80,7 +81,7 @@ class Bench:
 
     def run(self, preset: str, kept: float) -> dict[str, Any]:
         """One preset at one budget."""
-        bank = self.bank(PRESETS[preset].metric or "two_sided")  # type: ignore[arg-type]
+        bank = self.bank(PRESETS[preset].metric or "two_sided")
         begun = time.perf_counter()
         study = RankStudy(
             storage=optuna.storages.InMemoryStorage(),

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -132,7 +133,7 @@ def real_problems(
         def excess(text: str, perplexity: float) -> float:
             return float(np.log(perplexity / texts[text].dense.perplexity))
 
-        def problem(kept: float) -> Problem:
+        def problem(kept: float, seed: int) -> Problem:
             return Problem(
                 name=f"{Path(args.model).name}, kept {kept:g}",
                 space=space,
@@ -144,7 +145,7 @@ def real_problems(
                 test=lambda ranks: excess("test", score("test", ranks)),
             )
 
-        yield {kept: (lambda seed, kept=kept: problem(kept)) for kept in budgets}  # type: ignore[misc]
+        yield {kept: partial(problem, kept) for kept in budgets}
 
 
 @contextmanager
@@ -164,7 +165,7 @@ def made_up_problems(
             rising=True,
         )
 
-    yield {kept: (lambda seed, kept=kept: problem(kept, seed)) for kept in budgets}  # type: ignore[misc]
+    yield {kept: partial(problem, kept) for kept in budgets}
 
 
 def run(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any]:

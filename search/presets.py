@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from ranksearch.search.targets import Metric
+
 Ways = Literal["search", "closed form", "probes"]
 """How ranks are chosen: by scoring vector after vector; by a formula, in one trial; or by scoring what each target does
 to the model on its own, and then in one trial."""
@@ -32,7 +34,7 @@ class Preset:
     """
 
     description: str
-    metric: str | None = None
+    metric: Metric | None = None
     ranks: Ways = "search"
     sampler: str | None = None
 
@@ -100,5 +102,5 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 
-UNREFINED = ("centred", "activation", "fisher", "attribution")
+UNREFINED: tuple[Metric, ...] = ("centred", "activation", "fisher", "attribution")
 """Metrics whose factors the steps of `method.refine` cannot work with."""

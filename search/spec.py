@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from ranksearch.search.presets import PRESETS, UNREFINED
-from ranksearch.search.targets import Form
+from ranksearch.search.targets import Form, Metric
 
 
 def _share(kept: float) -> float:
@@ -133,7 +133,7 @@ class Method(_Part):
         description="How ranks are chosen; the names of published methods bring their own metric and sampler. "
         "`soco`: learned scores choose the components in place of the search; few trials are enough.",
     )
-    metric: Literal["weight", "feature", "two_sided", "centred", "activation", "fisher", "attribution"] = "two_sided"
+    metric: Metric = "two_sided"
     form: Form = Field(
         "factored",
         description="How a compressed target is stored: `factored` as two thin matrices, `pivoted` as some of its rows "

@@ -1,8 +1,9 @@
 """The Optuna study of one job and budget: the single truth about its trials.
 
 A trial is created in one transaction (state RUNNING, its named tilts, and the packed rank vector as one user
-attribute) and finished in two. Nothing about a trial is kept anywhere else, so a process may die at any point: a trial
-it left RUNNING is offered again, with the same vector, before anything new is proposed.
+attribute) and finished in two, or three where the pruner needs its losses. Nothing about a trial is kept anywhere else,
+so a process may die at any point: a trial it left RUNNING is offered again, with the same vector, before anything new
+is proposed.
 
 Proposals depend on the seed, the trial number and the trials told so far, and on nothing in this process: the sampler
 is built afresh for each of them.
@@ -122,7 +123,6 @@ class RankStudy:
         self._storage = optuna.storages.get_storage(storage)
         nearest = sorted(siblings, key=lambda other: abs(other - kept))
         self._job_id, self._other_budgets = job_id, [other for other in nearest if other != kept]
-        self._siblings = [study_name(job_id, other) for other in self._other_budgets]
         check_targets(self._storage, learn_from, space)
         self._offered: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -227,13 +227,14 @@ class RankStudy:
         if trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, step, float(np.mean(losses)))
+        origin = trial.user_attrs.get("origin")
+        if self.spec.pruner == "none" or origin == PROBE:
+            return False
         known = self._losses.get(number, []) if step else []
         self._losses[number] = [*known, *losses]
-        best = best_trial(self._storage, self._study_id)
+        best = best_trial(self._storage, self._study_id) if origin == "search" else None
         packed = best.system_attrs.get(LOSSES) if best is not None else None
-        if packed is None or self.spec.pruner == "none" or trial.user_attrs.get("origin") != "search":
-            return False
-        return is_worse(self._losses[number], unpack_losses(packed))
+        return packed is not None and is_worse(self._losses[number], unpack_losses(packed))
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Draw | None, str]:
         if self._preset.ranks == "closed form":
@@ -300,7 +301,8 @@ class RankStudy:
         )
 
     def _budgets_of_this_job(self) -> list[Sibling]:
-        begun = [trials for name in self._siblings if (trials := trials_in(self._storage, name))]
+        names = (study_name(self._job_id, other) for other in self._other_budgets)
+        begun = [trials for name in names if (trials := trials_in(self._storage, name))]
         return [
             Sibling(trials=trials, space=self.space, objective=self.spec.objective, dense_score=self.dense_score)
             for trials in begun

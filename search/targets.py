@@ -8,6 +8,9 @@ from typing import Literal
 Form = Literal["factored", "pivoted"]
 """How a target below full rank is stored; see `ranksearch.search.space`."""
 
+Metric = Literal["weight", "feature", "two_sided", "centred", "activation", "fisher", "attribution"]
+"""The inner product in which truncation error is measured; see `ranksearch.worker.metrics`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:

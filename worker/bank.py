@@ -30,12 +30,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ranksearch.search.errors import InvalidInput
-from ranksearch.search.targets import Target
+from ranksearch.search.targets import Metric, Target
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.centred_bias import CentredBias
 from ranksearch.worker.factors import Factors, attribute, factor
 from ranksearch.worker.linalg import DAMPING
-from ranksearch.worker.metrics import Metric
 from ranksearch.worker.roots import COVARIANCE, Roots
 from ranksearch.worker.tensor_file import TensorFile
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Metric = Literal["weight", "feature", "two_sided", "centred", "activation", "fisher", "attribution"]
+from ranksearch.search.targets import Metric
 
 Only = Literal["absolute", "fisher", "weight_gradient"]
 """What may be collected in place of covariances."""

@@ -8,10 +8,9 @@ from typing import Any, Final
 
 import torch
 
-from ranksearch.search.targets import Target
+from ranksearch.search.targets import Metric, Target
 from ranksearch.worker.calibrate import Calibration
 from ranksearch.worker.linalg import DiagonalRoot, Root, diagonal_root, square_root
-from ranksearch.worker.metrics import Metric
 from ranksearch.worker.pooled import Pooled
 
 #: Metrics whose C is a covariance of the inputs.

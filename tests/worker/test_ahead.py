@@ -14,22 +14,18 @@ from torch import nn
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.store import tables
-from ranksearch.service.store.artifacts import ArtifactStore
-from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.database import open_database, writing
-from ranksearch.service.store.jobs import Jobs
 from ranksearch.service.store.settings import Settings
 from ranksearch.worker import stages
 from ranksearch.worker.ahead import Ahead
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.calibrate import Calibration, calibrate
-from ranksearch.worker.running_job import RunningJob, WorkerState
+from ranksearch.worker.running_job import RunningJob
 from ranksearch.worker.targets import find_targets
-from ranksearch.worker.tiny import train_tokenizer
-from ranksearch.worker.workbench import Workbench
+
+from .here import HereAndNow, small_spec, worker_here
 
 CPU = torch.device("cpu")
-WORDS = " ".join(f"word{index % 37} and {index * index % 101}," for index in range(800))
 
 
 def begun_threads() -> list[threading.Thread]:
@@ -146,47 +142,18 @@ def test_nothing_is_queued_that_nobody_takes(
     assert ahead._parts.empty()
 
 
-class HereAndNow:
-    """A device process in this one, which may crash between two requests."""
-
-    pid = None
-
-    def __init__(self) -> None:
-        self.bench, self.asked = Workbench("cpu"), list[str]()
-
-    def ask(self, operation: str, *, progress: Any, check: Any, **arguments: Any) -> Any:
-        self.asked.append(operation)
-        return self.bench.do(operation, progress=progress, **arguments)
-
-    def crash(self) -> None:
-        self.bench.recover()
-        self.bench = Workbench("cpu")
-
-
 @pytest.mark.one_database
 def test_a_job_finds_the_bank_that_was_begun_and_makes_it_after_a_crash(
     settings: Settings, allowed: Path, tiny: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ranksearch.worker.calibrate.MOST_ON_DEVICE", 1)
-    tiny(num_hidden_layers=3, vocab_size=300).save_pretrained(allowed / "model")
-    train_tokenizer(WORDS, 300).save_pretrained(allowed / "model")
-    (allowed / "text.txt").write_text(WORDS)
     engine, device = open_database(settings), HereAndNow()
-    worker = WorkerState(
-        identity="w:cpu",
-        settings=settings,
-        jobs=Jobs(engine),
-        artifacts=ArtifactStore.of(settings, engine),
-        checkpoints=Checkpoints(engine),
-        device=device,  # type: ignore[arg-type]
+    worker = worker_here(settings, engine, device)
+    spec = small_spec(
+        allowed,
+        tiny(num_hidden_layers=3, vocab_size=300),
+        budget={"kept": [0.5]},
     )
-    text = {"path": "text", "data_files": str(allowed / "text.txt"), "split": "train"}
-    spec = {
-        "model": {"source": str(allowed / "model")},
-        "calibration": {"dataset": text, "sequences": 4, "sequence_length": 16},
-        "evaluation": {"sequences": 4, "test": []},
-        "budget": {"kept": [0.5]},
-    }
 
     def job(*, crashes: bool) -> tuple[dict[str, Any], dict[str, Any], bool]:
         created = worker.jobs.create(JobSpec.model_validate(spec))
