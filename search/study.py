@@ -3,20 +3,17 @@
 A trial is created in one transaction (state RUNNING, its named tilts, and the packed rank vector as one user
 attribute) and finished in two, or three where the pruner needs its losses. Nothing about a trial is kept anywhere else,
 so a process may die at any point: a trial it left RUNNING is offered again, with the same vector, before anything new
-is proposed.
-
-Proposals depend on the seed, the trial number and the trials told so far, and on nothing in this process: the sampler
-is built afresh for each of them.
+is proposed. What is proposed is the `Proposer`'s matter.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
@@ -25,20 +22,15 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.allocate import Allocator
-from ranksearch.search.baselines import baseline
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
-from ranksearch.search.draw import ATTEMPTS, POINT, Draw, stable, taken
+from ranksearch.search.draw import POINT, Draw, stable
 from ranksearch.search.presets import PRESETS, PROBE
-from ranksearch.search.probes import Probes, planned_trials
+from ranksearch.search.proposer import Proposer
 from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
-from ranksearch.search.published import closed_form
-from ranksearch.search.siblings import EARLIER, Sibling, check_targets, finished_at_first, read_earlier, trials_in
-from ranksearch.search.space import Floats, Ranks, RankSpace, uniform
+from ranksearch.search.siblings import EARLIER, check_targets, finished_at_first
+from ranksearch.search.space import Floats, Ranks, RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.trials import RESULT, SPACE, best_trial, picture_attribute, row, space_of, study_name, trials_of
-
-if TYPE_CHECKING:
-    from ranksearch.search.sampler import RankSampler
 
 __all__ = ["Proposal", "RankStudy", "space_of", "study_name", "trials_of"]
 
@@ -112,17 +104,22 @@ class RankStudy:
             InvalidInput: An earlier study has other targets.
         """
         space.check_budget(kept)
-        self._preset_name, self._preset = preset, PRESETS[preset]
-        self._spectra, self._similarity = spectra, similarity or {}
         self.kept, self.space, self.spec, self.dense_score = kept, space, spec, dense_score
         self.allocator = Allocator(space, spectra)
         self.coordinates = Coordinates(space.targets)
-        sampler = self._preset.sampler or spec.sampler
-        other = self._preset.ranks == "search" and sampler != "ranksearch"
-        self._baseline = baseline(sampler, self.allocator, kept, spec.seed) if other else None
-        self._storage = optuna.storages.get_storage(storage)
-        nearest = sorted(siblings, key=lambda other: abs(other - kept))
-        self._job_id, self._other_budgets = job_id, [other for other in nearest if other != kept]
+        self._storage, self._job_id, self._preset = optuna.storages.get_storage(storage), job_id, PRESETS[preset]
+        self.proposer = Proposer(
+            storage=self._storage,
+            job_id=job_id,
+            kept=kept,
+            allocator=self.allocator,
+            spectra=spectra,
+            spec=spec,
+            dense_score=dense_score,
+            siblings=siblings,
+            preset=preset,
+            similarity=similarity or {},
+        )
         check_targets(self._storage, learn_from, space)
         self._offered: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -137,15 +134,15 @@ class RankStudy:
         self._describe(job_id, model, learn_from)
         self._losses: dict[int, list[float]] = {}
 
-    @cached_property
+    @property
     def planned(self) -> int:
         """How many trials there will be, unless the space runs out of vectors."""
-        return planned_trials(self._preset_name, self.spec.trials, self.space, self.kept)
+        return self.proposer.planned
 
     @property
     def required(self) -> int:
         """How many of them are run in any case, whatever time they take."""
-        return min(self.planned, len(self._firsts())) if self._preset.ranks == "search" else self.planned
+        return self.proposer.required
 
     @property
     def finished(self) -> int:
@@ -178,7 +175,7 @@ class RankStudy:
                 return self._proposal(trial)
         if len(trials) >= self.planned:
             return None
-        drawn, origin = self._propose(trials)
+        drawn, origin = self.proposer.propose(trials)
         if drawn is None:
             return None
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=self._template(drawn, origin))
@@ -236,82 +233,6 @@ class RankStudy:
         packed = best.system_attrs.get(LOSSES) if best is not None else None
         return packed is not None and is_worse(self._losses[number], unpack_losses(packed))
 
-    def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[Draw | None, str]:
-        if self._preset.ranks == "closed form":
-            return Draw(ranks=self._closed_form()), self._preset_name
-        if self._preset.ranks == "probes":
-            return self._probed(trials)
-        seen, firsts = taken(trials), self._firsts()
-        if len(trials) < len(firsts):
-            origin = list(firsts)[len(trials)]
-            ranks = firsts[origin]()
-            if self.space.pack(ranks) not in seen:
-                return Draw(ranks=ranks), origin
-        if self._baseline is None:
-            drawn = Draw(ranks=self._rank_sampler().propose(trials, len(trials)))
-        else:
-            drawn = self._baseline.propose(trials, len(trials))
-        return self._unseen(drawn, seen, len(trials)), "search"
-
-    def _probed(self, trials: Sequence[FrozenTrial]) -> tuple[Draw, str]:
-        probes = self._probes
-        if len(trials) < len(probes):
-            return Draw(ranks=probes.vector(len(trials))), PROBE
-        scores = {
-            t.number: t.user_attrs[RESULT]["scores"].get(probes.score, t.value)
-            for t in trials
-            if t.state == TrialState.COMPLETE
-        }
-        return Draw(ranks=probes.choose(self.allocator, scores)), self._preset_name
-
-    @cached_property
-    def _probes(self) -> Probes:
-        return Probes(self._preset_name, self.space, self.kept)
-
-    def _firsts(self) -> dict[str, Callable[[], Ranks]]:
-        """What a search starts from, by origin."""
-        prior = {"prior": lambda: self.allocator.prior(self.kept)} if self._preset.needs_prior else {}
-        return {**prior, "uniform": lambda: uniform(self.space, self.kept)}
-
-    def _closed_form(self) -> Ranks:
-        return closed_form(self._preset_name, self.allocator, self.kept, self._spectra, self._similarity)
-
-    def _unseen(self, drawn: Draw, seen: set[Any], number: int) -> Draw | None:
-        """The vector, or one nearby that no trial has; None when an ever wider search finds none."""
-        rng = np.random.default_rng([self.spec.seed, number])
-        z = self.allocator.tilts(drawn.ranks)
-        for attempt in range(ATTEMPTS):
-            if self.space.pack(drawn.ranks) not in seen:
-                return drawn
-            noise = 0.02 * 1.3**attempt * rng.standard_normal(len(z))
-            drawn = Draw(ranks=self.allocator.waterfill(self.kept, z + noise))
-        return None
-
-    def _rank_sampler(self) -> RankSampler:
-        # torch and BoTorch load here, so that reading a study needs neither
-        from ranksearch.search.sampler import RankSampler
-
-        return RankSampler(
-            allocator=self.allocator,
-            kept=self.kept,
-            seed=self.spec.seed,
-            objective=self.spec.objective,
-            dense_score=self.dense_score,
-            siblings=[*self._budgets_of_this_job(), *self._earlier],
-        )
-
-    def _budgets_of_this_job(self) -> list[Sibling]:
-        names = (study_name(self._job_id, other) for other in self._other_budgets)
-        begun = [trials for name in names if (trials := trials_in(self._storage, name))]
-        return [
-            Sibling(trials=trials, space=self.space, objective=self.spec.objective, dense_score=self.dense_score)
-            for trials in begun
-        ]
-
-    @cached_property
-    def _earlier(self) -> list[Sibling]:
-        return read_earlier(self._storage, self._storage.get_study_system_attrs(self._study_id).get(EARLIER, {}))
-
     def _template(self, drawn: Draw, origin: str) -> FrozenTrial:
         ranks = drawn.ranks
         attributes = {
@@ -342,7 +263,7 @@ class RankStudy:
     @cached_property
     def _measured_before(self) -> dict[str, dict[str, float]]:
         """Packed vector -> scores, of all that the job's other budgets have measured so far."""
-        rows = (row for kept in self._other_budgets for row in trials_of(self._storage, self._job_id, kept))
+        rows = (row for kept in self.proposer.other_budgets for row in trials_of(self._storage, self._job_id, kept))
         return {row["ranks"]: row["scores"] for row in rows if row["state"] == "COMPLETE"}
 
     def _trials(self) -> list[FrozenTrial]:

@@ -65,7 +65,7 @@ def run(study: RankStudy, made: Problem) -> list[float]:
 
 def excesses(study: RankStudy, storage: BaseStorage, name: str, trials: int) -> dict[int, float]:
     """Trial number -> excess of an earlier study as the sampler of this one reads it."""
-    sampler = study._rank_sampler()
+    sampler = study.proposer.rank_sampler()
     assert isinstance(sampler, RankSampler)
     assert [len(s.trials) for s in sampler._siblings] == [trials]
     return {t.number: t.excess for t in sampler._told(study._trials()) if t.group == 1}
@@ -144,10 +144,10 @@ def test_a_search_goes_on_without_a_study_that_is_gone() -> None:
     measure(storage, made, 0.6, trials=6)
     names = ["never/0.6", "early/0.6"]
     first = open_study(storage, made, "late", 0.4, trials=3, learn_from=names)
-    assert len(first._earlier) == 1
+    assert len(first.proposer.earlier) == 1
     optuna.delete_study(study_name="early/0.6", storage=storage)
     again = open_study(storage, made, "late", 0.4, trials=3, learn_from=names)
-    assert again._earlier == []
+    assert again.proposer.earlier == []
     assert len(run(again, made)) == 3
 
 
