@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.baselines import baseline
 from ranksearch.search.draw import ATTEMPTS, Draw, taken
+from ranksearch.search.gradients import measured
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.probes import Probes, planned_trials
 from ranksearch.search.published import closed_form
@@ -104,13 +105,22 @@ class Proposer:
             if self._space.pack(ranks) not in seen:
                 return Draw(ranks=ranks), origin
         if self._baseline is None:
-            drawn = Draw(ranks=self.rank_sampler().propose(trials, len(trials)))
+            drawn = Draw(ranks=self.rank_sampler(measured(self._allocator, trials)).propose(trials, len(trials)))
         else:
             drawn = self._baseline.propose(trials, len(trials))
         return self._unseen(drawn, seen, len(trials)), "search"
 
-    def rank_sampler(self) -> RankSampler:
-        """The default sampler, with what the other studies have by now."""
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether the next vectors depend on component gradients of earlier ones."""
+        return self._preset.ranks == "search" and self._baseline is None
+
+    def rank_sampler(self, measured: Floats | None = None) -> RankSampler:
+        """The default sampler, with what the other studies have by now.
+
+        Args:
+            measured: Log sensitivities that gradients have told, `(d,)`.
+        """
         # torch and BoTorch load here, so that reading a study needs neither
         from ranksearch.search.sampler import RankSampler
 
@@ -121,6 +131,7 @@ class Proposer:
             objective=self._spec.objective,
             dense_score=self._dense_score,
             siblings=[*self._budgets_of_this_job(), *self.earlier],
+            measured=measured,
         )
 
     @cached_property

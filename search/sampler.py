@@ -71,6 +71,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         dense_score: float,
         objective: Literal["perplexity", "kl"] = "perplexity",
         siblings: Sequence[Sibling] = (),
+        measured: Floats | None = None,
     ) -> None:
         """Set what a proposal depends on besides the trials.
 
@@ -81,10 +82,12 @@ class RankSampler(optuna.samplers.BaseSampler):
             dense_score: Score of the dense model: perplexity, or 0 for `kl`.
             objective: What a trial's value is.
             siblings: Other studies of the same targets, those that tell most first; the sensitivities are shared.
+            measured: Log sensitivities by gradients, `(d,)`; what is learned from scores is how these err.
         """
         self._allocator, self._space, self._kept, self._seed = allocator, allocator.space, kept, seed
         self._dense_score, self._objective, self._siblings = dense_score, objective, siblings
         self._coordinates = Coordinates(allocator.space.targets)
+        self._measured = np.zeros(len(self._space.targets)) if measured is None else measured
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All tilts, always together."""
@@ -110,6 +113,8 @@ class RankSampler(optuna.samplers.BaseSampler):
         rng = np.random.default_rng([self._seed, number])
         told = self._told(trials)
         packed = {trial.user_attrs.get(RANKS) for trial in trials}
+        if self._measured.any() and self._space.pack(first := self._waterfill()) not in packed:
+            return first
         if not any(t.group == 0 for t in told):
             return self._blind(rng, packed)
         with one_thread():
@@ -136,7 +141,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         self, model: SensitivityModel, seen: Observations, told: list[_Told], pending: list[Ranks], pool: list[Ranks]
     ) -> Tensor:
         """Log expected improvement of the pool; pending trials count as told what the model expects of them."""
-        tails = torch.as_tensor(self._allocator.tail_loss(np.stack([*pending, *pool])))
+        tails = self._tails([*pending, *pool])
         mean, features = model.features(tails)
         others = inputs(mean, features, self._summary([*pending, *pool]))
         train = inputs(*model.features(seen.tails, seen.group), self._summary([t.ranks for t in told]))
@@ -156,23 +161,31 @@ class RankSampler(optuna.samplers.BaseSampler):
         """Different candidates, the greedy one first."""
         weights = [stretch * mode for stretch in _STRETCH]
         weights += list(draws) + [(mode + draw) / 2 for draw in draws[: _DRAWS // 2]]
-        near = self._allocator.tilts(best)
+        near = self._allocator.tilts(best) - self._measured
         for _ in range(_SWAPS):
             push = np.zeros(len(mode))
             chosen = rng.choice(len(mode), size=min(4, len(mode)), replace=False)
             push[chosen] = 0.5 * rng.standard_normal(len(chosen))
             weights.append(near + push)
-        vectors = [self._allocator.waterfill(self._kept, z) for z in weights]
+        vectors = [self._waterfill(z) for z in weights]
         return list({self._space.pack(ranks): ranks for ranks in vectors}.values())
 
     def _blind(self, rng: np.random.Generator, taken: set[Any]) -> Ranks:
         """A random kind-wise tilt of the prior, for a study in which nothing has been told yet."""
         for _ in range(_DRAWS):
             tilts = {name: 0.3 * rng.standard_normal() for name in self._coordinates.names}
-            ranks = self._allocator.waterfill(self._kept, self._coordinates.log_weights(tilts))
+            ranks = self._waterfill(self._coordinates.log_weights(tilts))
             if self._space.pack(ranks) not in taken:
                 break
         return ranks
+
+    def _waterfill(self, log_weights: Floats | float = 0.0) -> Ranks:
+        """The best vector if what was measured errs by these log weights."""
+        return self._allocator.waterfill(self._kept, self._measured + log_weights)
+
+    def _tails(self, vectors: Sequence[Ranks]) -> Tensor:
+        """E, `m x d`, with what was measured."""
+        return torch.as_tensor(np.exp(self._measured) * self._allocator.tail_loss(np.stack(vectors)))
 
     def _summary(self, vectors: Sequence[Ranks]) -> Tensor:
         """x, the tilts of each vector, `m x k`."""
@@ -190,7 +203,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         if float(excess.min()) <= 0:
             excess = excess - excess.min() + 0.1 * (excess.max() - excess.min()) + 1e-6
         return Observations(
-            tails=torch.as_tensor(self._allocator.tail_loss(np.stack([t.ranks for t in told]))),
+            tails=self._tails([t.ranks for t in told]),
             values=excess.log(),
             spread=torch.tensor([t.spread for t in told], dtype=torch.float64),
             group=torch.tensor([t.group for t in told]),

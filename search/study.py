@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import POINT, Draw, stable
+from ranksearch.search.gradients import GRADIENTS, MEASURED, Bands, bands, pack_gradients
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.proposer import Proposer
 from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
@@ -182,6 +183,29 @@ class RankStudy:
         trial = self._storage.get_trial(trial_id)
         self._offered.add(trial.number)
         return self._proposal(trial)
+
+    def bands(self, number: int) -> Bands | None:
+        """The components whose gradients at a trial's vector would inform the search; None where none would.
+
+        The default sampler asks for those of its first vectors.
+        """
+        trials = self._trials()
+        known = sum(GRADIENTS in trial.system_attrs for trial in trials)
+        trial = trials[number]
+        wanted = trial.user_attrs["origin"] in ("prior", "search") and GRADIENTS not in trial.system_attrs
+        if not (self.proposer.uses_gradients and wanted and known < MEASURED):
+            return None
+        return bands(self.space, self.space.unpack(trial.user_attrs[RANKS]))
+
+    def tell_gradients(self, number: int, less: Sequence[float], more: Sequence[float]) -> None:
+        """Record the gradients of a trial that is not finished.
+
+        Args:
+            number: Trial number.
+            less: Of each target's components `low` to `rank` of `bands`, the negative sum, nats per token.
+            more: Likewise of `rank` to `high`.
+        """
+        self._storage.set_trial_system_attr(self._trial_id(number), GRADIENTS, pack_gradients(less, more))
 
     def tell(self, number: int, *, score: float, scores: Mapping[str, float], seconds: float, worker: str) -> None:
         """Finish a trial. Telling a finished trial again changes nothing.

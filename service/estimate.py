@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 from pydantic import BaseModel, Field
 
+from ranksearch.search.gradients import MEASURED
 from ranksearch.search.plan import check_budget, check_trials, sampled_space, sampler_of
 from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
@@ -214,6 +215,8 @@ def _searched(spec: JobSpec, space: RankSpace, model: int) -> int:
     if spec.method.preset == "asvd":
         # a probe leaves all targets but one dense, and serves every budget
         return (max(trials) - 1) * model + sum(trial)
+    if sampler_of(spec) == "ranksearch":
+        trials = [count + 2 * min(MEASURED, count) for count in trials]  # gradients: forward and back
     return sum(count * cost for count, cost in zip(trials, trial, strict=True))
 
 

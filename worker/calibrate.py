@@ -160,7 +160,7 @@ def calibrate(
                 stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
                 parts = [section.parts or range(1) for section in sections]
                 sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
-                with _differentiable(model), _repeatable(readout.device):
+                with differentiable(model), repeatable(readout.device):
                     _collect(model, sections, sweep, slope, writer, needs=needs, progress=progress, complete=complete)
                 break
             except torch.OutOfMemoryError:
@@ -231,7 +231,7 @@ def leaders(model: nn.Module, targets: Sequence[Target], blocks: Tensor) -> dict
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(device: torch.device) -> Iterator[None]:
     """On CUDA, attention whose backward pass adds up in a fixed order; the fused kernels use atomic additions."""
     if device.type != "cuda":
         yield
@@ -263,7 +263,7 @@ def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout
 
 
 @contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     """Eval mode, no parameter asks for a gradient, and the embedding's output does, so that activations are
     differentiated."""
     training = model.training

@@ -58,6 +58,11 @@ class PrefixLinear(nn.Module):
         """Components in the bank."""
         return self._factors[1].shape[0]
 
+    def components(self, low: int, high: int) -> Pair:
+        """Components `low` to `high` of the factors, whether they run or not: left `k x m` and right `k x n`."""
+        left, right = self._factors
+        return left[low:high], right[low:high]
+
     def set_rank(self, rank: int | None) -> None:
         """Chooses the first `rank` components, or the dense weight for None."""
         left, right = self._factors
@@ -106,6 +111,11 @@ class PrefixModel:
             self._modules[name] = module.train(dense.training)
         for name, module in self._modules.items():
             model.set_submodule(name, module)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets that are swapped."""
+        return tuple(self._targets.values())
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """Chooses a rank for each target; allocates and copies nothing but the biases of centred factors.

@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 
-from ranksearch.search.errors import JobNotFound, NumericalError
+from ranksearch.search.errors import JobNotFound, NumericalError, OutOfMemory, UnsupportedModel
 from ranksearch.search.study import Proposal, RankStudy, study_name
 from ranksearch.search.trials import may_be_best
 from ranksearch.service.store.database import optuna_storage
@@ -100,6 +100,7 @@ class _Search:
         self._spec = run.spec.search
         self._seconds = [row["seconds"] for row in study.history() if row["seconds"]]
         kept = run.spec.budget.kept
+        self._measures = True
         self._budgets, self._index = len(kept), kept.index(study.kept)
 
     def run(self) -> None:
@@ -112,6 +113,8 @@ class _Search:
             begun = time.monotonic()
             try:
                 scores = run.surviving(lambda p=proposal: self._evaluate(p))  # type: ignore[misc]
+                if scores is not None:
+                    self._measure(proposal)
             except NumericalError as error:
                 study.tell_failed(proposal.number, error.message)
             else:
@@ -135,6 +138,29 @@ class _Search:
             if self._study.report(proposal.number, step, reply["losses"]):
                 return None
             step += 1
+
+    def _measure(self, proposal: Proposal) -> None:
+        """Have gradients measured where they inform the search; without them it goes by scores alone."""
+        if not self._measures or (bands := self._study.bands(proposal.number)) is None:
+            return
+        space = self._study.space
+        edges = {
+            target.name: [int(low), int(rank), int(high)]
+            for target, low, rank, high in zip(space.targets, bands.low, bands.rank, bands.high, strict=True)
+            if low < high
+        }
+        ranks = space.as_dict(proposal.ranks)
+        try:
+            found = self._run.ask("gradients", ranks=ranks, edges=edges, progress=_silent)
+        except (OutOfMemory, UnsupportedModel) as error:
+            self._measures = False
+            told = (
+                f"The search at kept {self._study.kept:g} goes on by scores alone, without gradients: {error.message}"
+            )
+            self._run.tell("warning", message=told)
+            return
+        less, more = ([-found.get(target.name, (0.0, 0.0))[i] for target in space.targets] for i in (0, 1))
+        self._study.tell_gradients(proposal.number, less, more)
 
     def _tell(self, proposal: Proposal, scores: Mapping[str, float] | None, seconds: float) -> None:
         worker = self._run.worker.identity

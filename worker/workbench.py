@@ -7,7 +7,7 @@ yet, so a fresh process can take over in the middle of a job, and a process that
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ranksearch.worker.ahead import Ahead
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
+from ranksearch.worker.component_gradients import component_gradients
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
 from ranksearch.worker.metrics import NEEDS
@@ -35,6 +36,9 @@ from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
 Progress = Callable[[float], None]
+
+#: Tokens that gradients are measured on, at least; otherwise as many as the evaluation has.
+GRADIENT_TOKENS = 16384
 
 #: Share of a device that the factors leave free for activations and logits; they stay on the CPU otherwise.
 SPARE = 0.15
@@ -57,6 +61,7 @@ class Workbench:
             "factor": self.factor,
             "dense": self.dense,
             "chunk": self.chunk,
+            "gradients": self.gradients,
             "refine": self.refine,
             "finish": self.finish,
             "close": self.close,
@@ -196,6 +201,25 @@ class Workbench:
             return {"total": brief(Scores.union(parts))}
         parts.append(part)
         return {"losses": part.divergence if _spec(job).search.objective == "kl" else part.nll}
+
+    def gradients(
+        self,
+        job: Mapping[str, Any],
+        ranks: Mapping[str, int],
+        edges: Mapping[str, Sequence[int]],
+        *,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Gradients of bands of components at a rank vector, on calibration blocks; see `component_gradients`.
+
+        Returns:
+            Target -> one number per band.
+        """
+        prefix, evaluation = self._trials(job)
+        blocks = load_blocks(job["blocks"])["calibration"]
+        tokens = max(evaluation.dense.tokens, GRADIENT_TOKENS)
+        prefix.set_ranks(ranks)
+        return component_gradients(prefix, edges, blocks[: -(-tokens // blocks.shape[1])], scratch=job["cache_dir"])
 
     def refine(
         self, job: Mapping[str, Any], ranks: Mapping[str, int], kept: float, output: str, *, progress: Progress

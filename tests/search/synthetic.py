@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ranksearch.search.allocate import Allocator
+from ranksearch.search.gradients import bands
 from ranksearch.search.space import RankSpace
 
 from .cases import llama_space
@@ -31,11 +32,27 @@ class Problem:
     power: float = 1.25
 
     def score(self, ranks: np.ndarray) -> float:
+        return float(np.exp(self._log_score(ranks)))
+
+    def _log_score(self, ranks: np.ndarray, at: int = 0, by: float = 0.0) -> float:
+        """Log of the score if one target's loss were larger by so much."""
         loss = np.exp(self.hidden) * self.allocator.tail_loss(ranks) / self.unit
+        loss[at] += by
         depth = np.array([t.depth for t in self.space.targets])
         blocks = np.bincount(depth, weights=loss)
         total = loss.sum() + self.interaction * np.sqrt(blocks[1:] * blocks[:-1]).sum()
-        return float(DENSE * np.exp(0.3 * total**self.power))
+        return float(np.log(DENSE) + 0.3 * total**self.power)
+
+    def gradients(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`less` and `more` of the components around a vector (see `gradients.bands`) if each of them costs
+        D (1 - s)^2 of its target's loss: nothing at s = 1, and -2 D at s = 0."""
+        around = bands(self.space, ranks)
+        step = 1e-6
+        own = np.exp(self.hidden) / self.unit
+        base = np.log(self.score(ranks))
+        next_loss = own * (self.allocator.tail_loss(around.rank) - self.allocator.tail_loss(around.high))
+        slopes = [(self._log_score(ranks, at=i, by=step) - base) / step for i in range(len(ranks))]
+        return np.zeros(len(ranks)), 2 * np.array(slopes) * next_loss
 
     def oracle(self, kept: float) -> float:
         """The score of the best vector if interactions are left out of the account."""

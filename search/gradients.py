@@ -1,0 +1,103 @@
+"""How much the next components of every target are worth where a vector is, by one backward pass of the compressed
+model: what the spectra predict of the dense model and a score tells about all targets together.
+
+Notation, for a target at rank r:
+    E(r)       tail loss that its spectrum predicts (see `allocate`)
+    s_j        a gate on component j of the compressed model: 1 up to r, 0 after
+    L          its loss on a text, nats per token
+    first      components low+1..r, which would be the first to go; next: components r+1..high, the next to come
+    less       - sum of dL/ds_j over `first`;  more: the same over `next`
+
+    k          nats per unit of E: less + more of all targets together by their E(low) - E(high)
+
+If the loss by a gate is k D (1 - s)^2 plus a slope, where E says D, then removing `first` costs
+`less + k (E(low) - E(r))` and adding `next` saves `more - k (E(r) - E(high))`. The log of how far their sum is from the
+predicted k (E(low) - E(high)) is the target's sensitivity as measured there. It holds nearby, so what several vectors
+say is averaged, the later ones more.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from ranksearch.search.allocate import Allocator
+from ranksearch.search.coordinates import RANKS
+from ranksearch.search.space import Floats, Ranks, RankSpace
+
+GRADIENTS = "ranksearch:gradients"
+"""The trial's system attribute with `less` and `more`, packed."""
+MEASURED = 4
+"""Trials of a search whose gradients are measured; each is some three evaluations."""
+_BAND = 0.15
+"""Components looked at in either direction, as a share of the rank."""
+_STEP = 0.5
+"""Weight of the latest measurement against all before."""
+_LEAST = 0.05
+"""A target is taken to be worth at least so much of what is predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bands:
+    """Components that are looked at, `(targets,)` each: `low` to `rank` and `rank` to `high`; none where all are equal.
+
+    For a dense target `rank` is the largest below dense.
+    """
+
+    low: Ranks
+    rank: Ranks
+    high: Ranks
+
+
+def bands(space: RankSpace, ranks: Ranks) -> Bands:
+    """The components around a vector's ranks whose gradients tell where the budget should go."""
+    free = space.low_ranks < space.full_ranks
+    rank = np.where(free, np.minimum(ranks, space.top_ranks), 0)
+    width = np.maximum(_BAND * rank, max(2, space.rank_multiple)).astype(np.int64)
+    low = np.where(free, np.maximum(rank - width, 0), 0)
+    high = np.where(free & (ranks < space.full_ranks), np.minimum(rank + width, space.top_ranks), rank)
+    return Bands(low=low, rank=rank, high=high)
+
+
+def pack_gradients(less: Sequence[float], more: Sequence[float]) -> str:
+    """One short ASCII string."""
+    return base64.b64encode(np.array([less, more], dtype="<f4").tobytes()).decode("ascii")
+
+
+def measured(allocator: Allocator, trials: Sequence[FrozenTrial]) -> Floats | None:
+    """Log sensitivities with mean zero, `(d,)`, from the trials that have gradients; None before the first."""
+    z = None
+    for trial in sorted(trials, key=lambda t: t.number):
+        if (packed := trial.system_attrs.get(GRADIENTS)) is None:
+            continue
+        less, more = np.frombuffer(base64.b64decode(packed), dtype="<f4").astype(np.float64).reshape(2, -1)
+        found = log_sensitivities(allocator, allocator.space.unpack(trial.user_attrs[RANKS]), less, more)
+        z = _STEP * found if z is None else z + _STEP * (found - z)
+    return z
+
+
+def log_sensitivities(allocator: Allocator, ranks: Ranks, less: Floats, more: Floats) -> Floats:
+    """What one vector's gradients say, `(d,)` with mean zero; zero for targets without a choice.
+
+    Args:
+        allocator: Space and spectra.
+        ranks: The vector.
+        less: Of each target, `(d,)`, nats per token.
+        more: Likewise.
+    """
+    around = bands(allocator.space, ranks)
+    first = allocator.tail_loss(around.low) - allocator.tail_loss(around.rank)
+    following = allocator.tail_loss(around.rank) - allocator.tail_loss(around.high)
+    predicted = first + following
+    known = (around.low < around.high) & (predicted > 0)
+    slopes = np.where(known, np.nan_to_num(less + more), 0.0)
+    unit = slopes.sum() / predicted[known].sum() if known.any() else 0.0
+    if unit <= 0:
+        return np.zeros(len(ranks))  # all components together do harm: there is nothing to be learned
+    share = np.divide(slopes / unit + first - following, predicted, out=np.ones_like(predicted), where=known)
+    z = np.log(np.maximum(share, _LEAST))
+    return np.where(known, z - z[known].mean(), 0.0)

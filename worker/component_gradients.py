@@ -1,0 +1,126 @@
+"""What a compressed model's loss says about single components: its gradient by a gate on each of them.
+
+With a gate s_j on component j of a target, y = left' (s * (right x)), 1 on those that run and 0 on the others,
+
+    dL/ds_j = sum over tokens of (right_j x) (left_j' dL/dy)
+
+so one backward pass of the model as it runs tells it for all components of all targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.worker.calibrate import MOST_ON_DEVICE, differentiable, repeatable
+from ranksearch.worker.hardware import free_bytes
+from ranksearch.worker.loss_slope import SlopeOfLoss
+from ranksearch.worker.prefix import PrefixLinear, PrefixModel
+from ranksearch.worker.readout import Readout
+from ranksearch.worker.sections import plan_sections
+from ranksearch.worker.stream import BlockStream
+from ranksearch.worker.sweep import Sweep, WholeModel
+
+Edges = Sequence[int]
+"""Component numbers, ascending: neighbouring ones are the ends of a band."""
+
+
+def component_gradients(
+    prefix: PrefixModel,
+    edges: Mapping[str, Edges],
+    blocks: Tensor,
+    *,
+    batch_tokens: int = 4096,
+    scratch: str | Path | None = None,
+) -> dict[str, list[float]]:
+    """The loss' gradient by the gates of components, summed over bands of them.
+
+    Args:
+        prefix: The model at the ranks it runs.
+        edges: Target -> edges of its bands, in components of the bank.
+        blocks: Token ids, `sequences x length`.
+        batch_tokens: Tokens per forward and backward pass, at least one sequence; halved when a device's memory does
+            not suffice.
+        scratch: Folder on a disk for what lies between sections; the system's own when None.
+
+    Returns:
+        Target -> one number per band, in nats per token: the mean over the text's predicted tokens.
+
+    Raises:
+        UnsupportedModel: The model cannot be run section by section, and has to be.
+        torch.OutOfMemoryError: The device has too little memory even for one sequence.
+    """
+    model = prefix.model
+    readout = Readout(model, blocks)
+    limit = min(MOST_ON_DEVICE, free_bytes(readout.device) // 2)
+    groups = [[target] for target in prefix.targets if target.name in edges]
+    sections = plan_sections(model, groups, blocks, bytes_of=lambda _: 0, limit=limit)
+    parts = [section.parts or range(1) for section in sections]
+    whole = sections[0].parts is None
+    rows = max(1, batch_tokens // blocks.shape[1])
+    while True:
+        try:
+            stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
+            sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
+            with differentiable(model), repeatable(readout.device), _Gates(prefix, edges) as gates:
+                _run(sweep, len(parts), SlopeOfLoss(readout, drawn=False))
+            tokens = blocks.shape[0] * (blocks.shape[1] - 1)
+            return {name: (total / tokens).tolist() for name, total in gates.totals.items()}
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+            stream = sweep = None  # type: ignore[assignment]  # before others are made
+
+
+def _run(sweep: Sweep, sections: int, slope: SlopeOfLoss) -> None:
+    for number in range(sections - 1):
+        for _ in sweep.forward(number, keep=True):
+            pass
+    for number in reversed(range(sections)):
+        for _ in sweep.backward(number, slope, keep=False):
+            pass
+
+
+class _Gates:
+    """Hooks that sum what the gates' gradients come to.
+
+    Attributes:
+        totals: Target -> one sum per band, fp64 on the CPU.
+    """
+
+    def __init__(self, prefix: PrefixModel, edges: Mapping[str, Edges]) -> None:
+        self.totals = {name: torch.zeros(len(ends) - 1, dtype=torch.float64) for name, ends in edges.items()}
+        self._model, self._edges = prefix.model, edges
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Gates:
+        for name in self._edges:
+            module = self._model.get_submodule(name)
+            self._hooks.append(module.register_forward_hook(partial(self._see, name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            assert isinstance(module, PrefixLinear)
+            output.register_hook(partial(self._add, name, module, args[0].detach()))
+
+    @torch.no_grad()
+    def _add(self, name: str, module: PrefixLinear, x: Tensor, gradient: Tensor) -> None:
+        low, *edges = self._edges[name]
+        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        for index, high in enumerate(edges):
+            if high > low:
+                left, right = module.components(low, high)
+                product = (x @ right.to(x).mT).float() * (gradient @ left.to(gradient).mT).float()
+                self.totals[name][index] += product.sum(dtype=torch.float64).cpu()
+            low = high
