@@ -85,3 +85,19 @@ def test_a_study_shows_the_ranks_of_its_best_trial_drawn_when_they_are_looked_at
         assert f"<title>{target.kind}, layer {target.depth}: {100 * share:.1f}%</title>" in first.text
     assert client.get(f"/artifacts/{study_id}/{study_id + 1}").status_code == 404
     assert client.post(f"/api/artifacts/{study_id}", json={"file": "data:,x"}).status_code == 403
+
+
+def test_a_study_of_both_objectives_is_served_with_its_front(client: TestClient, context: Context) -> None:
+    run_study(context.studies, "job_b", kept=0.5, trials=4, objective="both")
+    study_id = context.studies.get_study_id_from_name("job_b/0.5")
+    shown = client.get(f"/api/studies/{study_id}").json()
+    rows = trials_of(context.studies, "job_b", 0.5)
+    assert shown["directions"] == ["minimize", "minimize"]
+    assert shown["objective_names"] == ["perplexity", "kl"]
+    assert [trial["values"] for trial in shown["trials"]] == [[*row["scores"].values()] for row in rows]
+    assert [trial["number"] for trial in shown["best_trials"]] == [0, 1, 2, 3]  # KL falls where perplexity rises
+    assert client.get(f"/csv/{study_id}").status_code == 200
+    assert client.get("/api/studies").status_code == 200
+    best = min(rows, key=lambda row: row["score"])
+    (artifact,) = shown["artifacts"]
+    assert f"trial {best['number']}:" in client.get(f"/artifacts/{study_id}/{artifact['artifact_id']}").text
