@@ -100,7 +100,7 @@ def budget_line(budget: dict[str, Any]) -> str:
             )
     if len(points := budget.get("pareto_front") or ()) > 1:
         listed = (f"trial {p['number']} {number(p['perplexity'])} {number(p['kl'], 4)}" for p in points)
-        lines.append(f"  front       {len(points)} trials, perplexity and KL: {', '.join(listed)}")
+        lines.append(f"  pareto      {len(points)} trials, perplexity and KL: {', '.join(listed)}")
     return "\n".join(lines)
 
 
