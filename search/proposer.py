@@ -24,7 +24,7 @@ from ranksearch.search.published import closed_form
 from ranksearch.search.siblings import EARLIER, Sibling, read_earlier, trials_in
 from ranksearch.search.space import Floats, Ranks, uniform
 from ranksearch.search.spec import Search
-from ranksearch.search.trials import RESULT, study_name
+from ranksearch.search.trials import RESULT, scored, study_name
 
 if TYPE_CHECKING:
     from ranksearch.search.sampler import RankSampler
@@ -94,6 +94,7 @@ class Proposer:
         Raises:
             InvalidInput: The preset lacks what it chooses by.
         """
+        trials = scored(trials, self._dense_score)
         if self._preset.ranks == "closed form":
             return Draw(ranks=self._closed_form()), self._preset_name
         if self._preset.ranks == "probes":
@@ -142,7 +143,7 @@ class Proposer:
 
     def _budgets_of_this_job(self) -> list[Sibling]:
         names = (study_name(self._job_id, other) for other in self.other_budgets)
-        begun = [trials for name in names if (trials := trials_in(self._storage, name))]
+        begun = [scored(trials, self._dense_score) for name in names if (trials := trials_in(self._storage, name))]
         return [
             Sibling(trials=trials, space=self._space, objective=self._spec.objective, dense_score=self._dense_score)
             for trials in begun

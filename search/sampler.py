@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
+from ranksearch.search.objective import Objective
 from ranksearch.search.residual import inputs, log_improvement, residual_process
 from ranksearch.search.siblings import Sibling
 from ranksearch.search.space import Floats, Ranks
@@ -69,7 +70,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         kept: float,
         seed: int,
         dense_score: float,
-        objective: Literal["perplexity", "kl"] = "perplexity",
+        objective: Objective = "perplexity",
         siblings: Sequence[Sibling] = (),
         measured: Floats | None = None,
     ) -> None:
@@ -80,7 +81,7 @@ class RankSampler(optuna.samplers.BaseSampler):
             kept: The budget.
             seed: A proposal is a function of the seed, the trial number and the trials told.
             dense_score: Score of the dense model: perplexity, or 0 for `kl`.
-            objective: What a trial's value is.
+            objective: What a trial's value is; for `both`, e1 + e2 (see `scored`).
             siblings: Other studies of the same targets, those that tell most first; the sensitivities are shared.
             measured: Log sensitivities by gradients, `(d,)`; what is learned from scores is how these err.
         """

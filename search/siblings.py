@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.space import RankSpace
-from ranksearch.search.trials import space_of_study
+from ranksearch.search.trials import DENSE, scored, space_of_study
 
 EARLIER = "ranksearch:earlier"
 """The study's system attribute with the names of earlier studies it learns from, and how many trials of each."""
@@ -28,8 +28,8 @@ class Sibling:
     Attributes:
         trials: In the order of their numbers.
         space: Unpacks their vectors; the targets are those of the search, ranks and form may be others.
-        objective: `perplexity` or `kl`, what a trial's value is.
-        dense_score: Score of the dense model: perplexity, or 0 for `kl`.
+        objective: What a trial's value is; of a study of both, e1 + e2 (see `objective`).
+        dense_score: Perplexity of the dense model, or 0 for `kl`.
     """
 
     trials: Sequence[FrozenTrial]
@@ -81,14 +81,8 @@ def read_earlier(storage: BaseStorage, counts: Mapping[str, int]) -> list[Siblin
         if study_id is None or space is None:
             continue
         facts = storage.get_study_user_attrs(study_id)
-        found.append(
-            Sibling(
-                trials=storage.get_all_trials(study_id, deepcopy=False)[:count],
-                space=space,
-                objective=facts["objective"],
-                dense_score=facts["dense score"],
-            )
-        )
+        trials = scored(storage.get_all_trials(study_id, deepcopy=False)[:count], facts[DENSE])
+        found.append(Sibling(trials=trials, space=space, objective=facts["objective"], dense_score=facts[DENSE]))
     return found
 
 

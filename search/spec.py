@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from ranksearch.search.objective import Objective
 from ranksearch.search.presets import PRESETS, UNREFINED
 from ranksearch.search.targets import Form, Metric
 
@@ -208,7 +209,7 @@ class Search(_Part):
         "bolaco",
         "bolaco-20",
     ] = Field("ranksearch", description="A published preset that searches brings its own; others do not use it.")
-    objective: Literal["perplexity", "kl"] = "perplexity"
+    objective: Objective = "perplexity"
     pruner: Literal["wilcoxon", "none"] = "wilcoxon"
     parallelism: Annotated[int, Field(ge=1, le=256)] = 1
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="For the trials of each budget.")

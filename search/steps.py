@@ -29,7 +29,7 @@ def outcome_of(step: Mapping[str, Any], objective: str) -> Outcome:
 
     Args:
         step: The entry; a loss that was not finite is null.
-        objective: `perplexity` or `kl`, the spec's.
+        objective: The spec's.
     """
     if "left_out" in step:
         return Outcome(adopted=False)

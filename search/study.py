@@ -25,13 +25,24 @@ from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import POINT, Draw, stable
 from ranksearch.search.gradients import GRADIENTS, MEASURED, Bands, bands, pack_gradients
+from ranksearch.search.objective import METRICS
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.proposer import Proposer
 from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
 from ranksearch.search.siblings import EARLIER, check_targets, finished_at_first
 from ranksearch.search.space import Floats, Ranks, RankSpace
 from ranksearch.search.spec import Search
-from ranksearch.search.trials import RESULT, SPACE, best_trial, picture_attribute, row, space_of, study_name, trials_of
+from ranksearch.search.trials import (
+    DENSE,
+    RESULT,
+    SPACE,
+    best_trial,
+    picture_attribute,
+    row,
+    space_of,
+    study_name,
+    trials_of,
+)
 
 __all__ = ["Proposal", "RankStudy", "space_of", "study_name", "trials_of"]
 
@@ -91,7 +102,7 @@ class RankStudy:
             space: The rank space.
             spectra: Target name -> singular values, descending, in the metric of the factor bank.
             spec: The `search` part of the job spec.
-            dense_score: Score of the dense model on the evaluation set: its perplexity, or 0 for objective `kl`.
+            dense_score: Perplexity of the dense model on the evaluation set, or 0 for objective `kl`.
             siblings: Other budgets of the same job whose trials inform this search.
             learn_from: Names of studies of earlier jobs whose trials do so too, the most telling first. What they have
                 when this study is created counts, and nothing that comes later; ones that do not exist do not count.
@@ -128,7 +139,7 @@ class RankStudy:
             study_name=study_name(job_id, kept),
             storage=self._storage,
             sampler=optuna.samplers.RandomSampler(seed=spec.seed),
-            direction="minimize",
+            directions=["minimize"] * len(METRICS[spec.objective]),
             load_if_exists=True,
         )
         self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
@@ -158,7 +169,7 @@ class RankStudy:
 
     def history(self) -> list[dict[str, Any]]:
         """The trials as rows; see `trials_of`."""
-        return [row(trial) for trial in self._trials()]
+        return [row(trial, self.dense_score) for trial in self._trials()]
 
     def ask(self) -> Proposal | None:
         """The next vector to evaluate; None when all trials are given out or no new vector exists.
@@ -207,21 +218,31 @@ class RankStudy:
         """
         self._storage.set_trial_system_attr(self._trial_id(number), GRADIENTS, pack_gradients(less, more))
 
-    def tell(self, number: int, *, score: float, scores: Mapping[str, float], seconds: float, worker: str) -> None:
+    def tell(
+        self,
+        number: int,
+        *,
+        score: float | Sequence[float],
+        scores: Mapping[str, float],
+        seconds: float,
+        worker: str,
+    ) -> None:
         """Finish a trial. Telling a finished trial again changes nothing.
 
         Args:
             number: Trial number.
-            score: The objective: perplexity, or mean KL in nats per token. A trial whose score is not finite failed.
+            score: The objective: perplexity, or mean KL in nats per token, or the two. A trial whose score is not
+                finite failed.
             scores: All scores by name.
             seconds: Duration of the evaluation, s.
             worker: Who evaluated it.
         """
-        if not math.isfinite(score):
-            self.tell_failed(number, f"The score is {score}.")
+        values = np.atleast_1d(score).tolist()
+        if not all(map(math.isfinite, values)):
+            self.tell_failed(number, f"The score is {', '.join(map(str, values))}.")
             return
         result = {"scores": dict(scores), "seconds": round(seconds, 3), "worker": worker}
-        self._finish(number, TrialState.COMPLETE, result, [float(score)])
+        self._finish(number, TrialState.COMPLETE, result, values)
 
     def tell_pruned(self, number: int, *, seconds: float | None = None, worker: str | None = None) -> None:
         """Finish a trial that `report` said to stop."""
@@ -238,7 +259,7 @@ class RankStudy:
             number: Trial number.
             step: Chunk index, from 0 on; the same text for every trial.
             losses: Mean loss of each of its sequences in nats per token: negative log-likelihood, or KL for objective
-                `kl`.
+                `kl`, or the sum of the two for `both`.
 
         Returns:
             Whether to stop: the trial is worse than the best one over the sequences both have (`is_worse`). Only
@@ -316,9 +337,9 @@ class RankStudy:
         if SPACE in self._storage.get_study_system_attrs(self._study_id):
             return
         with stable():
-            self._study.set_metric_names([self.spec.objective])
+            self._study.set_metric_names(list(METRICS[self.spec.objective]))
         facts = {"job": job_id, "model": model, "kept": self.kept, "targets": len(self.space.targets)}
-        for key, value in {**facts, "objective": self.spec.objective, "dense score": self.dense_score}.items():
+        for key, value in {**facts, "objective": self.spec.objective, DENSE: self.dense_score}.items():
             self._storage.set_study_user_attr(self._study_id, key, value)
         self._storage.set_study_system_attr(self._study_id, *picture_attribute(self._study_id))
         if learn_from:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -10,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.search.coordinates import RANKS
+from ranksearch.search.objective import METRICS, score_of
 from ranksearch.search.presets import PROBE
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import budget_label
@@ -19,6 +22,8 @@ RESULT = "result"
 """The trial's user attribute with everything but the score that telling it brought."""
 SPACE = "ranksearch:space"
 """The study's system attribute with the table of targets."""
+DENSE = "dense score"
+"""The study's user attribute with the score of the dense model: its perplexity, or 0 for objective `kl`."""
 
 
 def study_name(job_id: str, kept: float) -> str:
@@ -30,16 +35,17 @@ def trials_of(storage: BaseStorage | str, job_id: str, kept: float) -> list[dict
     """The trials of one job and budget as JSON-serializable rows, in the order of their numbers.
 
     Returns:
-        Rows with `number`, `state` (Optuna's: RUNNING, COMPLETE, PRUNED, FAIL), `origin`, `kept` (exact), `score`,
-        `scores`, `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`, `worker`, `error`; empty
-        when there is no such study yet.
+        Rows with `number`, `state` (Optuna's: RUNNING, COMPLETE, PRUNED, FAIL), `origin`, `kept` (exact), `score` (one
+        number, see `score_of`), `scores`, `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`,
+        `worker`, `error`; empty when there is no such study yet.
     """
     storage = optuna.storages.get_storage(storage)
     try:
         study_id = storage.get_study_id_from_name(study_name(job_id, kept))
     except KeyError:
         return []
-    return [row(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
+    dense_score = _dense_score(storage, study_id)
+    return [row(trial, dense_score) for trial in storage.get_all_trials(study_id, deepcopy=False)]
 
 
 def space_of(storage: BaseStorage | str, job_id: str, kept: float) -> RankSpace | None:
@@ -73,9 +79,39 @@ def may_be_best(state: str, origin: str | None) -> bool:
 def best_trial(storage: BaseStorage, study_id: int) -> FrozenTrial | None:
     """The complete trial with the smallest score, the first one on ties."""
     trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    dense_score = _dense_score(storage, study_id)
     able = (t for t in trials if may_be_best(t.state.name, t.user_attrs.get("origin")))
-    scored = [(t.value, t.number, t) for t in able if t.value is not None]
-    return min(scored)[2] if scored else None
+    found = [(score_of(t.values, dense_score), t.number, t) for t in able]
+    return min(found)[2] if found else None
+
+
+def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The trials that no other one is better than in both perplexity and KL; of equal ones the first.
+
+    Args:
+        rows: See `trials_of`.
+
+    Returns:
+        `number`, `perplexity` and `kl` of each, the smallest perplexity first.
+    """
+    able = [row for row in rows if may_be_best(row["state"], row["origin"])]
+    points = [{"number": row["number"], **{name: row["scores"][name] for name in METRICS["both"]}} for row in able]
+    front: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda point: (point["perplexity"], point["kl"], point["number"])):
+        if not front or point["kl"] < front[-1]["kl"]:
+            front.append(point)
+    return front
+
+
+def scored(trials: Sequence[FrozenTrial], dense_score: float) -> list[FrozenTrial]:
+    """The trials with their score as the only value, for samplers that know of one objective."""
+    return [_scored(trial, dense_score) if len(trial.values or ()) > 1 else trial for trial in trials]
+
+
+def _scored(trial: FrozenTrial, dense_score: float) -> FrozenTrial:
+    found = copy.copy(trial)  # the storage's own must not change
+    found.values = [score_of(trial.values, dense_score)]
+    return found
 
 
 def picture_attribute(study_id: int) -> tuple[str, str]:
@@ -87,7 +123,7 @@ def picture_attribute(study_id: int) -> tuple[str, str]:
     return f"artifacts:{study_id}", json.dumps(facts)
 
 
-def row(trial: FrozenTrial) -> dict[str, Any]:
+def row(trial: FrozenTrial, dense_score: float) -> dict[str, Any]:
     """One trial as a JSON-serializable row; see `trials_of`."""
     result = trial.user_attrs.get(RESULT, {})
     complete = trial.state == TrialState.COMPLETE
@@ -96,7 +132,7 @@ def row(trial: FrozenTrial) -> dict[str, Any]:
         "state": trial.state.name,
         "origin": trial.user_attrs.get("origin"),
         "kept": trial.user_attrs.get("kept"),
-        "score": trial.value if complete else None,
+        "score": score_of(trial.values, dense_score) if complete else None,
         "scores": result.get("scores", {}) if complete else {},
         "intermediate": {str(step): value for step, value in sorted(trial.intermediate_values.items())},
         "ranks": trial.user_attrs.get(RANKS),
@@ -104,3 +140,7 @@ def row(trial: FrozenTrial) -> dict[str, Any]:
         "worker": result.get("worker"),
         "error": result.get("error"),
     }
+
+
+def _dense_score(storage: BaseStorage, study_id: int) -> float:
+    return float(storage.get_study_user_attrs(study_id).get(DENSE, 0.0))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ranksearch.search.errors import InvalidInput
+from ranksearch.search.objective import caption
 from ranksearch.search.spec import budget_label
 from ranksearch.search.trials import may_be_best
 from ranksearch.service.front import ALLOCATIONS, Excess, front, text_of
@@ -59,7 +60,7 @@ def plot_methods(curves: Mapping[float, Curves], objective: str, path: Path) -> 
             axes.set_xscale("log")
         axes.set_title(f"kept {budget_label(kept)}", loc="left")
         axes.set_xlabel("evaluations")
-        axes.set_ylabel(f"best {objective} on the evaluation text")
+        axes.set_ylabel(f"best {caption(objective)} on the evaluation text")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path)
@@ -113,7 +114,7 @@ def _panel(axes: Any, budget: dict[str, Any], objective: str, colour: str) -> No
         axes.set_yscale("log")
     axes.set_title(f"kept {budget_label(budget['kept'])}", loc="left")
     axes.set_xlabel("trial")
-    axes.set_ylabel(f"{objective} on the evaluation text")
+    axes.set_ylabel(f"{caption(objective)} on the evaluation text")
     axes.grid(alpha=0.25)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(

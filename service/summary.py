@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.search.objective import caption
 from ranksearch.search.spec import budget_label
 from ranksearch.search.steps import outcome_of
 from ranksearch.service.figures import count, duration, number, size
@@ -97,18 +98,21 @@ def budget_line(budget: dict[str, Any]) -> str:
                 f"  {label}  {number(after[key], 0)} tokens/s, dense {number(before[key], 0)}"
                 f" ({after[key] / before[key]:.2f} times) on {speed.get('device', '?')}"
             )
+    if len(points := budget.get("pareto_front") or ()) > 1:
+        listed = (f"trial {p['number']} {number(p['perplexity'])} {number(p['kl'], 4)}" for p in points)
+        lines.append(f"  pareto      {len(points)} trials, perplexity and KL: {', '.join(listed)}")
     return "\n".join(lines)
 
 
 def refine_line(step: dict[str, Any], objective: str) -> str:
     """What one step after the search did, of the report's `refine` or of an event `refined`."""
-    found, name = outcome_of(step, objective), f"{step['step']:<10}"
+    found, name, loss = outcome_of(step, objective), f"{step['step']:<10}", caption(objective)
     if not found.adopted:
-        return f"{name}  left out: {step.get('left_out') or f'it does not lower {objective} {number(found.before)}'}"
+        return f"{name}  left out: {step.get('left_out') or f'it does not lower {loss} {number(found.before)}'}"
     how = f"{count(found.tokens)} tokens" if found.tokens else f"strength {step['strength']:g}"
     if found.after is None:
         return f"{name}  {how}"
-    return f"{name}  {how}: {objective} {number(found.before)} -> {number(found.after)}"
+    return f"{name}  {how}: {loss} {number(found.before)} -> {number(found.after)}"
 
 
 def print_estimate(console: Console, answer: dict[str, Any]) -> None:

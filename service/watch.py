@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.search.objective import caption
 from ranksearch.search.spec import budget_label
 from ranksearch.search.trials import may_be_best
 from ranksearch.service.client import FINISHED, JSON, Client, Event
@@ -101,7 +102,7 @@ class Progress:
         if score is not None and may_be_best(state, origin) and (budget.best is None or score < budget.best):
             budget.best, budget.best_trial = score, data.get("number")
         kind = f" {origin}" if origin != "search" else ""
-        outcome = f"{self.objective} {number(score)}" if state == "COMPLETE" else state.lower()
+        outcome = f"{caption(self.objective)} {number(score)}" if state == "COMPLETE" else state.lower()
         best = f", best {number(budget.best)}" if budget.best is not None else ""
         self.planned = data.get("planned", self.planned)
         return f"trial {self.done(budget):<7} kept {budget_label(float(data['kept']))}{kind}: {outcome}{best}"
@@ -217,7 +218,7 @@ def _picture(job: JSON, progress: Progress) -> RenderableType:
         if budget.best is not None or budget.scores:
             known = "".join(f"   {name} {number(score)}" for name, score in budget.scores.items())
             best = f"best {number(budget.best)} (trial {budget.best_trial})" if budget.best is not None else ""
-            rows.append(Text(f"  kept {label:<6} {progress.objective} {best}{known}"))
+            rows.append(Text(f"  kept {label:<6} {caption(progress.objective)} {best}{known}"))
     return Group(*rows)
 
 

@@ -27,13 +27,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksearch.search.errors import InvalidInput, NumericalError
+from ranksearch.search.objective import METRICS, Objective, score_of
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.student import Product, Student
 from ranksearch.worker.training import Training, batch, content_of, schedule
@@ -62,8 +62,8 @@ class Distilled:
 
     Attributes:
         pairs: Target -> left `m x r` and right `r x n`, in the dtype and on the device they came in.
-        history: One entry per evaluation, the first before any step: `tokens` trained on, `kl` to the dense model and
-            `perplexity`.
+        history: One entry per evaluation, the first before any step: `tokens` trained on, `kl` to the dense model,
+            `perplexity`, and for objective `both` that.
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
@@ -77,7 +77,7 @@ def distill(
     blocks: Tensor,
     evaluation: Tensor,
     tokens: int,
-    objective: Literal["perplexity", "kl"] = "kl",
+    objective: Objective = "kl",
     seed: int = 0,
     learning_rate: float = LEARNING_RATE,
     ce_weight: float = CE_WEIGHT,
@@ -130,7 +130,7 @@ def distill(
     with Student(model, products, blocks) as student:
         with student.teaching():
             text = Evaluation(model, evaluation, scratch=scratch)
-        best = _Best(training, objective)
+        best = _Best(training, objective, text.dense.perplexity)
         if not best.history:
             best.consider(0, lambda: text.score(model))
         checks = {round(i * steps / CHECKS) for i in range(1, CHECKS + 1)}
@@ -175,8 +175,8 @@ def step_size(factor: Tensor, learning_rate: float) -> float:
 class _Best:
     """The factors of the best evaluation so far, as a part of the training's state."""
 
-    def __init__(self, training: Training, objective: Literal["perplexity", "kl"]) -> None:
-        self._training, self._objective = training, objective
+    def __init__(self, training: Training, objective: Objective, dense_perplexity: float) -> None:
+        self._training, self._objective, self._dense_perplexity = training, objective, dense_perplexity
         self.history: list[dict[str, float]] = training.facts.setdefault("history", [])
 
     def consider(self, tokens: int, score: Callable[[], Scores]) -> None:
@@ -185,9 +185,11 @@ class _Best:
         except NumericalError:
             if not self.history:
                 raise  # what came in is broken
-            self.history.append({"tokens": tokens, "kl": math.inf, "perplexity": math.inf})
+            self.history.append({"tokens": tokens, "kl": math.inf, "perplexity": math.inf, self._objective: math.inf})
             return
         found = {"tokens": tokens, "kl": scores.kl, "perplexity": scores.perplexity}
+        values = [found[name] for name in METRICS[self._objective]]
+        found[self._objective] = score_of(values, self._dense_perplexity)
         if all(found[self._objective] < entry[self._objective] for entry in self.history):
             self._training.tensors = {name: leaf.detach().cpu().clone() for name, leaf in self._training.leaves.items()}
         self.history.append(found)

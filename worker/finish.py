@@ -11,7 +11,7 @@ from typing import Any, Final
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.space import uniform
 from ranksearch.search.spec import budget_label
-from ranksearch.search.study import trials_of
+from ranksearch.search.trials import pareto_front, trials_of
 from ranksearch.service.store.checkpoints import CheckpointFile
 from ranksearch.service.store.database import optuna_storage
 from ranksearch.worker.report import build_budget, build_report, write_documents
@@ -41,6 +41,7 @@ def finish(
     folder = run.fresh_folder("finish") / "checkpoint"
     refined = _refine(run, space.as_dict(best), kept)
     vectors = {row: space.as_dict(ranks) for row, ranks in rows.items()}
+    trials = _trials(run, kept)
     proof = run.ask("finish", vectors=vectors, folder=str(folder), refined=refined and refined["path"])
     budget = build_budget(
         kept=kept,
@@ -55,7 +56,8 @@ def finish(
         bytes=proof["bytes"],
         speed=proof["speed"],
         seconds={**seconds, "finish": round(time.monotonic() - begun, 3)},
-        history=_history(run, kept),
+        history=[{key: row[key] for key in _HISTORY} for row in trials],
+        pareto_front=pareto_front(trials) if run.spec.search.objective == "both" else [],
     )
     report = build_report(job=run.id, spec=run.spec_json, fingerprints=_fingerprints(prepared), budgets=[budget])
     write_documents(folder, report, source_card=proof["card"], auto_class=proof["auto_class"])
@@ -108,10 +110,10 @@ def _refine(run: RunningJob, ranks: dict[str, int], kept: float) -> dict[str, An
     return {"path": str(output), **done}
 
 
-def _history(run: RunningJob, kept: float) -> list[dict[str, Any]]:
+def _trials(run: RunningJob, kept: float) -> list[dict[str, Any]]:
     storage = optuna_storage(run.worker.settings)
     try:
-        return [{key: row[key] for key in _HISTORY} for row in trials_of(storage, run.id, kept)]
+        return trials_of(storage, run.id, kept)
     finally:
         storage.engine.dispose()
 

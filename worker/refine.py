@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ranksearch.search.errors import NumericalError
+from ranksearch.search.objective import METRICS, score_of
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Step
 from ranksearch.worker.bank import FactorBank
@@ -219,7 +220,9 @@ class Refinement:
 
     def _loss(self, text: Evaluation) -> float:
         try:
-            return float(getattr(text.score(self._model), self._spec.search.objective))
+            scores = text.score(self._model)
+            values = [getattr(scores, name) for name in METRICS[self._spec.search.objective]]
+            return score_of(values, text.dense.perplexity)
         except NumericalError:
             return math.inf
 

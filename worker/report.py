@@ -73,6 +73,7 @@ def build_budget(
     speed: Mapping[str, Any],
     seconds: Mapping[str, float],
     history: Sequence[Mapping[str, Any]],
+    pareto_front: Sequence[Mapping[str, Any]] = (),
     refine: Sequence[Mapping[str, Any]] = (),
     against: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def build_budget(
         speed: `device`, `before`, `after`.
         seconds: Of each stage.
         history: The trials.
+        pareto_front: Of a search for both perplexity and KL; `number`, `perplexity` and `kl` of each of its trials.
         refine: What each step after the search did.
         against: What `final` gains on other rows.
     """
@@ -118,6 +120,7 @@ def build_budget(
             "speed": speed,
             "seconds": seconds,
             "history": history,
+            "pareto_front": pareto_front,
             "refine": refine,
         }
     )

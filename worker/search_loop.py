@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 
 from ranksearch.search.errors import JobNotFound, NumericalError, OutOfMemory, UnsupportedModel
+from ranksearch.search.objective import METRICS
 from ranksearch.search.study import Proposal, RankStudy, study_name
 from ranksearch.search.trials import may_be_best
 from ranksearch.service.store.database import optuna_storage
@@ -69,7 +70,7 @@ def open_study(
         space=ground.space,
         spectra=ground.spectra,
         spec=spec.search,
-        dense_score=dense["perplexity"] if spec.search.objective == "perplexity" else 0.0,
+        dense_score=0.0 if spec.search.objective == "kl" else dense["perplexity"],
         siblings=spec.budget.kept,
         learn_from=earlier_studies(run, kept),
         model=spec.model.source,
@@ -167,7 +168,7 @@ class _Search:
         if scores is None:
             self._study.tell_pruned(proposal.number, seconds=seconds, worker=worker)
             return
-        score = scores[self._spec.objective]
+        score = [scores[name] for name in METRICS[self._spec.objective]]
         self._study.tell(proposal.number, score=score, scores=scores, seconds=seconds, worker=worker)
 
     def _announce_missed(self) -> None:

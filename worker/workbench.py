@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
+from ranksearch.search.objective import METRICS
 from ranksearch.search.plan import check_budget, check_trials
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
@@ -182,8 +183,8 @@ class Workbench:
         """Score the next part of the evaluation blocks at a rank vector; part 0 begins a trial.
 
         Returns:
-            `{"losses": [...]}`, the objective of each sequence in nats per token, or after the last part
-            `{"total": scores}`.
+            `{"losses": [...]}`, the objective of each sequence in nats per token (of both, the sum), or after the last
+            part `{"total": scores}`.
 
         Raises:
             RanksearchError: This process has not begun the trial.
@@ -200,7 +201,9 @@ class Workbench:
             self._trial = None
             return {"total": brief(Scores.union(parts))}
         parts.append(part)
-        return {"losses": part.divergence if _spec(job).search.objective == "kl" else part.nll}
+        losses = {"perplexity": part.nll, "kl": part.divergence}
+        names = METRICS[_spec(job).search.objective]
+        return {"losses": [sum(each) for each in zip(*(losses[name] for name in names), strict=True)]}
 
     def gradients(
         self,

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.search.objective import caption
 from ranksearch.service.cli import options
 from ranksearch.service.cli.output import (
     INTERRUPTED,
@@ -176,7 +177,7 @@ def show(job: JobId, as_json: options.AsJson = False) -> None:
         ("created", ago(document.get("created_at"))),
     ]
     rows += [
-        (f"best {label}", f"{number(best['score'])} {search['objective']}, trial {best['trial']}")
+        (f"best {label}", f"{number(best['score'])} {caption(search['objective'])}, trial {best['trial']}")
         for label, best in (document.get("best") or {}).items()
     ]
     rows += [(name, _absolute(base, link)) for name, link in (document.get("links") or {}).items() if link]

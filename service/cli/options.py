@@ -75,7 +75,7 @@ Sampler = Annotated[
         rich_help_panel=SPEC,
     ),
 ]
-Objective = Annotated[str | None, typer.Option("--objective", help="perplexity or kl.", rich_help_panel=SPEC)]
+Objective = Annotated[str | None, typer.Option("--objective", help="perplexity, kl or both.", rich_help_panel=SPEC)]
 Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the data draw and of the search.", rich_help_panel=SPEC)
 ]

@@ -32,6 +32,12 @@ def _folder(machine: Machine, job_id: str, kept: str, folder: Path) -> Path:
     return folder
 
 
+def _sum(scores: dict[str, float], budget: dict[str, Any]) -> float:
+    """What a search for both objectives minimizes."""
+    dense = budget["scores"]["dense"]["evaluation"]["perplexity"]
+    return math.log(scores["perplexity"] / dense) + scores["kl"]
+
+
 def test_each_budget_gets_a_study_and_a_checkpoint(worker: Machine, done: str, tmp_path: Path) -> None:
     job = worker.jobs.get(done)
     assert job.progress == 1.0
@@ -144,8 +150,8 @@ def test_a_checkpoint_in_another_dtype_is_proved(worker: Machine, spec: Spec) ->
 @on_sqlite
 def test_a_job_with_a_step_after_the_search_says_what_it_did(worker: Machine, spec: Spec) -> None:
     method = {"form": "pivoted", "refine": ["sequential"]}
-    job_id = worker.submit(spec(trials=2, method=method, search={"objective": "kl"}))
-    worker.succeeded(job_id)
+    job_id = worker.submit(spec(trials=2, method=method, search={"objective": "both"}))
+    job = worker.succeeded(job_id)
     (event,) = worker.events(job_id, "refined")
     report = worker.jobs.report(job_id)
     assert report is not None
@@ -154,9 +160,19 @@ def test_a_job_with_a_step_after_the_search_says_what_it_did(worker: Machine, sp
     assert step["step"] == "sequential"
     assert {key: event.data[key] for key in step} == step
     assert step["tried"][f"{step['strength']:g}"] == min(step["tried"].values())
-    final, best = (budget["scores"][row]["evaluation"]["kl"] for row in ("final", "best"))
+    final, best = (_sum(budget["scores"][row]["evaluation"], budget) for row in ("final", "best"))
     assert final == pytest.approx(min(step["tried"].values()), rel=1e-3)
     assert best == pytest.approx(step["tried"]["0"], rel=1e-3)
+    rows = worker.trials(job_id, job.spec["budget"]["kept"][0])
+    for row in rows:
+        assert row["score"] == pytest.approx(_sum(row["scores"], budget), rel=1e-6)
+        parts = row["intermediate"].values()
+        assert sum(parts) / len(parts) == pytest.approx(
+            math.log(row["scores"]["perplexity"]) + row["scores"]["kl"], rel=1e-6
+        )
+    chosen = min(rows, key=lambda row: row["score"])
+    assert list(job.best.values()) == [{"score": chosen["score"], "trial": chosen["number"]}]
+    assert chosen["number"] in {point["number"] for point in budget["pareto_front"]}
     assert budget["parameters"]["targets"] <= budget["kept"] * budget["parameters"]["targets_dense"]
     assert {target["form"] for target in budget["targets"].values()} <= {"pivoted", "dense"}
     assert {target["predicted_loss"] for target in budget["targets"].values()} == {None}

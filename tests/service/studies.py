@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from optuna.storages import BaseStorage
 
+from ranksearch.search.objective import METRICS, Objective
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
@@ -25,7 +26,9 @@ SPACE = RankSpace(
 )
 
 
-def run_study(storage: BaseStorage, job_id: str, *, kept: float, trials: int, seed: int = 0) -> RankStudy:
+def run_study(
+    storage: BaseStorage, job_id: str, *, kept: float, trials: int, seed: int = 0, objective: Objective = "perplexity"
+) -> RankStudy:
     """Ask and tell as the worker does; the score falls with what is kept in the late blocks."""
     rng = np.random.default_rng(seed)
     spectra = {t.name: np.sort(rng.exponential(size=t.full_rank))[::-1] for t in SPACE.targets}
@@ -35,13 +38,14 @@ def run_study(storage: BaseStorage, job_id: str, *, kept: float, trials: int, se
         kept=kept,
         space=SPACE,
         spectra=spectra,
-        spec=Search(trials=trials, sampler="random", seed=seed),
+        spec=Search(trials=trials, sampler="random", seed=seed, objective=objective),
         dense_score=20.0,
     )
     weights = np.array([1.0 + t.depth for t in SPACE.targets])
     while (proposal := study.ask()) is not None:
         score = 20.0 + 10.0 * float(np.sum(weights / (1 + proposal.ranks)))
-        scores = {"perplexity": score, "kl": score / 100}
+        scores = {"perplexity": score, "kl": 3.0 - score / 100 if objective == "both" else score / 100}
         study.report(proposal.number, 0, [float(np.log(score))])
-        study.tell(proposal.number, score=score, scores=scores, seconds=1.5, worker="host:cpu")
+        values = [scores[name] for name in METRICS[objective]]
+        study.tell(proposal.number, score=values, scores=scores, seconds=1.5, worker="host:cpu")
     return study

@@ -24,6 +24,7 @@ from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import CheckpointFile, Checkpoints
 from ranksearch.service.store.jobs import Jobs
 from ranksearch.service.store.settings import Settings
+from ranksearch.service.summary import budget_line
 from ranksearch.service.watch import Progress
 
 Run = Callable[..., Any]
@@ -300,6 +301,24 @@ def test_watch_takes_the_number_of_trials_from_them_and_no_probe_for_the_best() 
     assert progress.tell(probe) == "trial 1/2     kept 0.5 probe: perplexity 26.000"
     assert progress.tell(found) == "trial 2/2     kept 0.5 asvd: perplexity 30.000, best 30.000"
     assert progress.done(*progress.budgets.values()) == "2/4"
+
+
+def test_watch_and_report_name_what_a_search_for_both_compares() -> None:
+    from ranksearch.service.client import Event
+
+    progress = Progress({"search": {"objective": "both"}, "budget": {"kept": [0.5]}})
+    trial = {"kept": 0.5, "planned": 2, "state": "COMPLETE", "number": 0, "origin": "prior", "score": 1.25}
+    assert progress.tell(Event(id=1, kind="trial", data=trial)) == (
+        "trial 1/2     kept 0.5 prior: excess + KL 1.250, best 1.250"
+    )
+    points = [{"number": 4, "perplexity": 30.5, "kl": 0.51}, {"number": 1, "perplexity": 31.0, "kl": 0.5}]
+    budget = REPORT["budgets"][0]
+    assert budget_line({**budget, "pareto_front": points[:1]}) == budget_line(budget)
+    assert (
+        budget_line({**budget, "pareto_front": points})
+        .splitlines()[-1]
+        .endswith("trial 4 30.500 0.5100, trial 1 31.000 0.5000")
+    )
 
 
 SEQUENTIAL: dict[str, Any] = {"step": "sequential", "strength": 0.75}

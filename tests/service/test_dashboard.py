@@ -7,6 +7,7 @@ import gzip
 import optuna
 import pytest
 from fastapi.testclient import TestClient
+from optuna.trial import TrialState
 
 from ranksearch.search.trials import trials_of
 from ranksearch.service.context import Context
@@ -85,3 +86,23 @@ def test_a_study_shows_the_ranks_of_its_best_trial_drawn_when_they_are_looked_at
         assert f"<title>{target.kind}, layer {target.depth}: {100 * share:.1f}%</title>" in first.text
     assert client.get(f"/artifacts/{study_id}/{study_id + 1}").status_code == 404
     assert client.post(f"/api/artifacts/{study_id}", json={"file": "data:,x"}).status_code == 403
+
+
+def test_a_study_of_both_objectives_is_served_with_its_front(client: TestClient, context: Context) -> None:
+    run_study(context.studies, "job_b", kept=0.5, trials=4, objective="both")
+    study_id = context.studies.get_study_id_from_name("job_b/0.5")
+    stopped = context.studies.create_new_trial(study_id)
+    context.studies.set_trial_intermediate_value(stopped, 0, 4.5)
+    context.studies.set_trial_state_values(stopped, TrialState.PRUNED)
+    shown = client.get(f"/api/studies/{study_id}").json()
+    rows = trials_of(context.studies, "job_b", 0.5)
+    assert shown["directions"] == ["minimize", "minimize"]
+    assert shown["objective_names"] == ["perplexity", "kl"]
+    assert [trial.get("values") for trial in shown["trials"][:-1]] == [[*row["scores"].values()] for row in rows[:-1]]
+    assert (shown["trials"][-1]["state"], rows[-1]["score"]) == ("Pruned", None)
+    assert [trial["number"] for trial in shown["best_trials"]] == [0, 1, 2, 3]  # KL falls where perplexity rises
+    assert client.get(f"/csv/{study_id}").status_code == 200
+    assert client.get("/api/studies").status_code == 200
+    best = min(rows[:-1], key=lambda row: row["score"])
+    (artifact,) = shown["artifacts"]
+    assert f"trial {best['number']}:" in client.get(f"/artifacts/{study_id}/{artifact['artifact_id']}").text

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ranksearch.search.errors import InvalidInput, NumericalError
+from ranksearch.search.steps import outcome_of
 from ranksearch.worker import distill as module
 from ranksearch.worker import student
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.distill import distill, divide, step_size
+from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.targets import find_targets
 
 
@@ -102,6 +104,16 @@ def test_the_best_factors_are_kept_and_a_training_that_only_spoils_them_ends_ear
         assert torch.equal(found.pairs[name][0], left)
         assert torch.equal(found.pairs[name][1], right)
     assert type(model.get_submodule(name)) is torch.nn.Linear
+
+
+def test_both_objectives_choose_by_the_sum_of_their_excesses(parts, blocks):
+    model, _ = parts
+    found = run(parts, blocks, objective="both", tokens=10 * 16)
+    dense = Evaluation(model, blocks[32:]).dense.perplexity
+    for entry in found.history:
+        assert entry["both"] == pytest.approx(math.log(entry["perplexity"] / dense) + entry["kl"], rel=1e-9)
+    best = min(found.history, key=lambda entry: entry["both"])
+    assert outcome_of({"step": "distill", "tokens": 160, "history": found.history}, "both").after == best["both"]
 
 
 def test_steps_that_are_not_finite_are_left_out(parts, blocks, monkeypatch):
