@@ -6,7 +6,8 @@
 A model's problem is the perplexity of its evaluation blocks on one factor bank in metric two_sided; all samplers see
 the same bank and the same text, seeds are those of the samplers. The table holds the excess ln(perplexity / dense
 perplexity) of the best vector after so many evaluations, and at last that of the final vector on the test text, which
-no sampler sees. Published searches start from uniform, all others from the prior. A synthetic problem
+no sampler sees. Published searches start from uniform, all others from the prior. A pass that measures gradients
+counts as so many evaluations as three times its text is of theirs. A synthetic problem
 (tests/search/synthetic.py) has a hidden optimum; its table holds the share of the way from the prior to it, in percent;
 seeds are also those of the problem. All samplers meet the budget exactly.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -30,17 +32,20 @@ import numpy as np
 import optuna
 import torch
 
+from ranksearch.search.gradients import Bands
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.calibrate import calibrate
+from ranksearch.worker.component_gradients import component_gradients
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import cut, read_text, sample, tokenize
+from ranksearch.worker.workbench import GRADIENT_TOKENS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.search import synthetic
@@ -64,6 +69,8 @@ class Problem:
         figure: What the table shows of a score.
         rising: Whether a larger figure is better.
         test: Figure of a vector on other text, if there is such.
+        gradients: Of components around a vector (see `RankStudy.tell_gradients`), where they can be had.
+        gradient_cost: What they cost, in evaluations.
     """
 
     name: str
@@ -75,6 +82,8 @@ class Problem:
     figure: Callable[[float], float]
     rising: bool = False
     test: Callable[[Ranks], float] | None = None
+    gradients: Callable[[Ranks, Bands], dict[str, list[float]]] | None = None
+    gradient_cost: int = 0
 
 
 def arguments() -> argparse.Namespace:
@@ -119,6 +128,7 @@ def real_problems(
         "evaluation": Evaluation(model, train[following]),
         "test": Evaluation(model, cut(ids["test"], length)[:512]),
     }
+    measuring = train[chosen][: -(-max(GRADIENT_TOKENS, args.evaluation * length) // length)]
     known: dict[tuple[str, str], float] = {}
 
     with PrefixModel(model, bank, targets) as prefix:
@@ -133,6 +143,10 @@ def real_problems(
         def excess(text: str, perplexity: float) -> float:
             return float(np.log(perplexity / texts[text].dense.perplexity))
 
+        def gradients(ranks: Ranks, around: Bands) -> dict[str, list[float]]:
+            prefix.set_ranks(space.as_dict(ranks))
+            return component_gradients(prefix, around.edges(space), measuring)
+
         def problem(kept: float, seed: int) -> Problem:
             return Problem(
                 name=f"{Path(args.model).name}, kept {kept:g}",
@@ -143,6 +157,8 @@ def real_problems(
                 score=lambda ranks: score("evaluation", ranks),
                 figure=lambda perplexity: excess("evaluation", perplexity),
                 test=lambda ranks: excess("test", score("test", ranks)),
+                gradients=gradients,
+                gradient_cost=math.ceil(3 * len(measuring) / args.evaluation),
             )
 
         yield {kept: partial(problem, kept) for kept in budgets}
@@ -182,20 +198,25 @@ def run(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any
     )
     curve: list[float] = []
     asking = []
-    while True:
+    while len(curve) < trials:
         begun = time.process_time()
         proposal = study.ask()
         asking.append(time.process_time() - begun)
         if proposal is None:
             break
         score = problem.score(proposal.ranks)
+        around = study.bands(proposal.number) if problem.gradients else None
+        if problem.gradients and around is not None:
+            study.tell_gradients(proposal.number, problem.gradients(proposal.ranks, around))
         study.tell(proposal.number, score=score, scores={}, seconds=0.0, worker="benchmark")
         curve.append(min(score, curve[-1] if curve else score))
+        curve += [curve[-1]] * (problem.gradient_cost if around is not None else 0)
     assert study.best is not None
     return {
         "sampler": sampler,
         "seed": seed,
         "curve": curve,
+        "trials": study.finished,
         "figures": [problem.figure(score) for score in curve],
         "test": problem.test(study.best.ranks) if problem.test else None,
         "seconds_per_proposal": statistics.mean(asking),

@@ -19,7 +19,7 @@ say is averaged, the later ones more.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,11 @@ class Bands:
     rank: Ranks
     high: Ranks
 
+    def edges(self, space: RankSpace) -> dict[str, list[int]]:
+        """Target -> the three of them, without targets that have no choice."""
+        ends = zip(space.targets, self.low, self.rank, self.high, strict=True)
+        return {t.name: [int(low), int(rank), int(high)] for t, low, rank, high in ends if low < high}
+
 
 def bands(space: RankSpace, ranks: Ranks) -> Bands:
     """The components around a vector's ranks whose gradients tell where the budget should go."""
@@ -63,9 +68,15 @@ def bands(space: RankSpace, ranks: Ranks) -> Bands:
     return Bands(low=low, rank=rank, high=high)
 
 
-def pack_gradients(less: Sequence[float], more: Sequence[float]) -> str:
-    """One short ASCII string."""
-    return base64.b64encode(np.array([less, more], dtype="<f4").tobytes()).decode("ascii")
+def pack_gradients(space: RankSpace, gradients: Mapping[str, Sequence[float]]) -> str:
+    """One short ASCII string of `less` and `more`.
+
+    Args:
+        space: The rank space.
+        gradients: Target -> sums of dL/ds_j over `first` and `next`, of the targets in `Bands.edges`.
+    """
+    sums = [gradients.get(target.name, (0.0, 0.0)) for target in space.targets]
+    return base64.b64encode((-np.array(sums, dtype="<f4").T).tobytes()).decode("ascii")
 
 
 def measured(allocator: Allocator, trials: Sequence[FrozenTrial]) -> Floats | None:

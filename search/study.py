@@ -208,15 +208,15 @@ class RankStudy:
             return None
         return bands(self.space, self.space.unpack(trial.user_attrs[RANKS]))
 
-    def tell_gradients(self, number: int, less: Sequence[float], more: Sequence[float]) -> None:
+    def tell_gradients(self, number: int, gradients: Mapping[str, Sequence[float]]) -> None:
         """Record the gradients of a trial that is not finished.
 
         Args:
             number: Trial number.
-            less: Of each target's components `low` to `rank` of `bands`, the negative sum, nats per token.
-            more: Likewise of `rank` to `high`.
+            gradients: Target -> the loss' gradient by gates on its components, nats per token, summed over `low` to
+                `rank` of `bands` and over `rank` to `high`.
         """
-        self._storage.set_trial_system_attr(self._trial_id(number), GRADIENTS, pack_gradients(less, more))
+        self._storage.set_trial_system_attr(self._trial_id(number), GRADIENTS, pack_gradients(self.space, gradients))
 
     def tell(
         self,

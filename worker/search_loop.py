@@ -145,12 +145,7 @@ class _Search:
         if not self._measures or (bands := self._study.bands(proposal.number)) is None:
             return
         space = self._study.space
-        edges = {
-            target.name: [int(low), int(rank), int(high)]
-            for target, low, rank, high in zip(space.targets, bands.low, bands.rank, bands.high, strict=True)
-            if low < high
-        }
-        ranks = space.as_dict(proposal.ranks)
+        ranks, edges = space.as_dict(proposal.ranks), bands.edges(space)
         try:
             found = self._run.ask("gradients", ranks=ranks, edges=edges, progress=_silent)
         except (OutOfMemory, UnsupportedModel) as error:
@@ -160,8 +155,7 @@ class _Search:
             )
             self._run.tell("warning", message=told)
             return
-        less, more = ([-found.get(target.name, (0.0, 0.0))[i] for target in space.targets] for i in (0, 1))
-        self._study.tell_gradients(proposal.number, less, more)
+        self._study.tell_gradients(proposal.number, found)
 
     def _tell(self, proposal: Proposal, scores: Mapping[str, float] | None, seconds: float) -> None:
         worker = self._run.worker.identity

@@ -43,8 +43,8 @@ class Problem:
         total = loss.sum() + self.interaction * np.sqrt(blocks[1:] * blocks[:-1]).sum()
         return float(np.log(DENSE) + 0.3 * total**self.power)
 
-    def gradients(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`less` and `more` of the components around a vector (see `gradients.bands`) if each of them costs
+    def gradients(self, ranks: np.ndarray) -> dict[str, list[float]]:
+        """What gates on the components around a vector (see `gradients.bands`) would say if each component cost
         D (1 - s)^2 of its target's loss: nothing at s = 1, and -2 D at s = 0."""
         around = bands(self.space, ranks)
         step = 1e-6
@@ -52,7 +52,8 @@ class Problem:
         base = np.log(self.score(ranks))
         next_loss = own * (self.allocator.tail_loss(around.rank) - self.allocator.tail_loss(around.high))
         slopes = [(self._log_score(ranks, at=i, by=step) - base) / step for i in range(len(ranks))]
-        return np.zeros(len(ranks)), 2 * np.array(slopes) * next_loss
+        sums = -2 * np.array(slopes) * next_loss
+        return {t.name: [0.0, float(more)] for t, more in zip(self.space.targets, sums, strict=True)}
 
     def oracle(self, kept: float) -> float:
         """The score of the best vector if interactions are left out of the account."""

@@ -34,8 +34,7 @@ def step(study: RankStudy, made: Problem, *, measure: bool = True) -> bool | Non
         return None
     wanted = study.bands(proposal.number) is not None
     if measure and wanted:
-        less, more = made.gradients(proposal.ranks)
-        study.tell_gradients(proposal.number, less.tolist(), more.tolist())
+        study.tell_gradients(proposal.number, made.gradients(proposal.ranks))
     study.tell(proposal.number, score=made.score(proposal.ranks), scores={}, seconds=0, worker="w")
     return wanted
 
@@ -118,7 +117,7 @@ def test_a_trial_that_was_measured_and_not_scored_is_offered_again_and_not_measu
     study = open_study(made, storage)
     first = study.ask()
     assert first is not None
-    study.tell_gradients(first.number, *(part.tolist() for part in made.gradients(first.ranks)))
+    study.tell_gradients(first.number, made.gradients(first.ranks))
     study = open_study(made, storage)
     again = study.ask()
     assert again is not None
