@@ -29,6 +29,7 @@ from ranksearch.search.study import RankStudy
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, calibrate
+from ranksearch.worker.component_gradients import component_gradients
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
@@ -36,6 +37,7 @@ from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.refine import Refined, Refinement
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import apart, cut, read_text, sample, tokenize
+from ranksearch.worker.workbench import GRADIENT_TOKENS
 
 BOLACO_TRIALS = 50
 
@@ -128,6 +130,9 @@ class Ground:
         while (proposal := study.ask()) is not None:
             prefix.set_ranks(space.as_dict(proposal.ranks))
             score = text.score(self.model).perplexity
+            if (around := study.bands(proposal.number)) is not None:
+                some = self.blocks[CALIBRATION][: -(-GRADIENT_TOKENS // self.args.sequence_length)]
+                study.tell_gradients(proposal.number, component_gradients(prefix, around.edges(space), some))
             study.tell(proposal.number, score=score, scores={"perplexity": score}, seconds=0.0, worker="here")
         assert study.best is not None
         return study.best.ranks

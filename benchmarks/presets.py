@@ -28,12 +28,14 @@ from ranksearch.search.study import RankStudy
 from ranksearch.search.targets import Metric
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.calibrate import calibrate
+from ranksearch.worker.component_gradients import component_gradients
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import cut, read_text, sample, tokenize
+from ranksearch.worker.workbench import GRADIENT_TOKENS
 
 
 def arguments() -> argparse.Namespace:
@@ -99,6 +101,9 @@ class Bench:
                 prefix.set_ranks(self.space.as_dict(proposal.ranks))
                 score = self.text.score(self.model)
                 scores = {"perplexity": score.perplexity, "kl": score.kl}
+                if (around := study.bands(proposal.number)) is not None:
+                    some = self.calibration_blocks[: -(-GRADIENT_TOKENS // self.args.sequence_length)]
+                    study.tell_gradients(proposal.number, component_gradients(prefix, around.edges(self.space), some))
                 study.tell(proposal.number, score=score.perplexity, scores=scores, seconds=0.0, worker="benchmark")
             seconds = time.perf_counter() - begun
             assert study.best is not None
