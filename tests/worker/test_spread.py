@@ -91,9 +91,10 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_two_devices_find_what_one_does(tiny, blocks, family):
-    settings = {"num_local_experts": 2, "num_experts": 2} if family == "mixtral" else {}
+@pytest.mark.parametrize(
+    ("family", "settings"), [("gpt2", {"n_layer": 3}), ("mixtral", {"num_local_experts": 2, "num_experts": 2})]
+)
+def test_two_devices_find_what_one_does(tiny, blocks, family, settings):
     with pretending():
         one = measured(*placed(tiny(family, **settings), [ONE]), blocks[:2])
         two = measured(*placed(tiny(family, **settings), [ONE, TWO]), blocks[:2])
