@@ -98,7 +98,8 @@ def _outside(model: nn.Module, path: str, blocks: Collection[str]) -> Iterator[s
     """Paths of the largest modules that hold no block, and of the tensors of those around them."""
     module = model.get_submodule(path)
     prefix = f"{path}." if path else ""
-    yield from (f"{prefix}{name}" for name in (*module._parameters, *module._buffers))
+    tensors = {**module._parameters, **module._buffers}
+    yield from (f"{prefix}{name}" for name, tensor in tensors.items() if tensor is not None)
     for name, _ in module.named_children():
         below = f"{prefix}{name}"
         if any(block.startswith(f"{below}.") for block in blocks):

@@ -51,8 +51,10 @@ def placed(model, devices):
     found = find_targets(model)
     if len(devices) == 1:
         return model.to(devices[0]), found
+    names = [name for name, _ in model.named_parameters()]
     assert spread_blocks(model, devices, [sum(p.nbytes for p in model.parameters())] * 2)
     assert devices_of(model) == devices
+    assert [name for name, _ in model.named_parameters()] == names  # what was tied still is
     return model, found
 
 
