@@ -203,7 +203,7 @@ def total(part: dict[str, dict[str, float]]) -> float:
 
 def main() -> None:
     args = arguments()
-    device = settle(args.device)
+    device, *_ = settle(args.device)
     if args.memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(args.memory_fraction, device)
     model = build(args, device)

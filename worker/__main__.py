@@ -13,8 +13,9 @@ from ranksearch.worker.agent import Agent
 
 def main() -> int:
     """Parse the command line and work; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ranksearch.worker", description="Run jobs on one device.")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto: the first GPU, or the CPU")
+    parser = argparse.ArgumentParser(prog="python -m ranksearch.worker", description="Run jobs, one at a time.")
+    devices = "cpu, cuda:0, ...; auto: the first GPU, or the CPU; cuda:0,cuda:1: both for each job"
+    parser.add_argument("--device", default="auto", help=devices)
     parser.add_argument("--name", help="stands for the host's name, to run a second worker on one device")
     parser.add_argument("--list-devices", action="store_true", help="print this machine's devices and end")
     arguments = parser.parse_args()

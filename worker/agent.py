@@ -49,7 +49,7 @@ class Agent:
 
         Args:
             settings: Database, artifacts, and what may be read.
-            device: A torch device, or `auto`.
+            device: A torch device, several with commas between, or `auto`.
             name: Stands for the host's name in the worker's id.
         """
         self._settings, self._device_name, self._name = settings, device, name
@@ -105,7 +105,7 @@ class Agent:
         self._workers.register(
             self._state.identity,
             host=socket.gethostname(),
-            device=str(facts["device"]),
+            device=str(facts["device"])[:64],  # the store's width; all of more than nine GPUs are in `facts`
             pid=os.getpid(),
             memory_bytes=int(str(facts["memory_bytes"])),
             flops=float(str(facts["flops"])),

@@ -109,18 +109,22 @@ class FactorBank:
         return sum(t.nbytes for part in (self.left, self.right) for t in part.values())
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> FactorBank:
+    def load(cls, path: str | Path, device: str | torch.device | Mapping[str, torch.device] = "cpu") -> FactorBank:
         """Reads what `build_bank` wrote.
 
         Args:
             path: The file.
-            device: Where the factors go; on the CPU they stay in the file, shared between processes.
+            device: Where the factors go, or those of each target; on the CPU they stay in the file, shared between
+                processes.
         """
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["bank"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
-        factors = {key: t if key.startswith("spectra/") else t.to(device) for key, t in tensors.items()}
-        return cls._of(factors, header["metric"], header["facts"])
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            if part != "spectra":
+                tensors[key] = tensor.to(device[name] if isinstance(device, Mapping) else device)
+        return cls._of(tensors, header["metric"], header["facts"])
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor], metric: str, facts: Mapping[str, Mapping[str, Any]]) -> FactorBank:

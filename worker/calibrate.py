@@ -43,6 +43,7 @@ from ranksearch.worker.observe import Observer
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.residual_stream import by_block
 from ranksearch.worker.sections import Groups, Section, plan_sections
+from ranksearch.worker.spread import devices_of
 from ranksearch.worker.stream import BlockStream
 from ranksearch.worker.sweep import Sweep, WholeModel
 
@@ -148,7 +149,8 @@ def calibrate(
     needs = Needs(gradients=gradients, pool=pool, only=only)
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
-    limit = min(MOST_ON_DEVICE, free_bytes(readout.device) // 2) if memory_limit is None else memory_limit
+    free = min(map(free_bytes, devices_of(model)))
+    limit = min(MOST_ON_DEVICE, free // 2) if memory_limit is None else memory_limit
     sections = plan_sections(model, groups, blocks, bytes_of=partial(bytes_of, needs=needs), limit=limit)
     whole = sections[0].parts is None
     rows = 1 if only == "fisher" else max(1, batch_tokens // blocks.shape[1])

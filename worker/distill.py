@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from ranksearch.search.errors import InvalidInput, NumericalError
 from ranksearch.search.objective import METRICS, Objective, score_of
 from ranksearch.worker.evaluate import Evaluation, Scores
+from ranksearch.worker.spread import device_of
 from ranksearch.worker.student import Product, Student
 from ranksearch.worker.training import Training, batch, content_of, schedule
 
@@ -113,7 +114,7 @@ def distill(
     if not pairs:
         raise InvalidInput("There are no factors to train: every target is dense.")
     rows, steps = divide(tokens, blocks)
-    leaves = _leaves(pairs, next(model.parameters()).device)
+    leaves = _leaves(model, pairs)
     training = Training(
         leaves,
         {name: step_size(factor, learning_rate) for name, factor in leaves.items()},
@@ -201,10 +202,10 @@ class _Best:
         return len(losses) - 1 - losses.index(min(losses)) >= PATIENCE
 
 
-def _leaves(pairs: Pairs, device: torch.device) -> dict[str, Tensor]:
-    """The factors, fp32, by side and target."""
+def _leaves(model: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
+    """The factors, fp32, by side and target, where each target computes."""
     return {
-        f"{side}/{name}": factor.detach().to(device, torch.float32, copy=True).contiguous()
+        f"{side}/{name}": factor.detach().to(device_of(model, name), torch.float32, copy=True).contiguous()
         for name, pair in pairs.items()
         for side, factor in zip(("left", "right"), pair, strict=True)
     }

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from ranksearch.search.errors import InvalidInput, NumericalError
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.spill import Spill
+from ranksearch.worker.spread import devices_of
 
 #: Tokens per forward pass or logits chunk, at most: more gains no speed.
 MAX_TOKENS = 16384
@@ -85,7 +86,7 @@ class Evaluation:
             model: The dense model in eval mode.
             blocks: Token ids, `sequences x length`.
             batch_tokens: Tokens per forward pass, at least one sequence; when None, as many as keep the activations
-                below half of the model's own size.
+                below half of the model's own size, or of its share of one device.
             chunk_tokens: Tokens whose logits exist at once; likewise.
             scratch: Folder on a disk for what is kept of the dense distributions; the system's own when None. Nothing
                 of it is left there, whatever becomes of the process.
@@ -101,7 +102,7 @@ class Evaluation:
         self._blocks = blocks
         self._model = model
         self._readout = readout = Readout(model, blocks)
-        budget = sum(p.nbytes for p in model.parameters()) // 2
+        budget = sum(p.nbytes for p in model.parameters()) // (2 * len(devices_of(model)))
         rows = (batch_tokens or min(MAX_TOKENS, budget // _bytes_per_token(model, readout))) // blocks.shape[1]
         self._rows = max(1, min(rows, -(-len(blocks) // PARTS)))
         self.batch_tokens = self._rows * blocks.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,45 @@ SMALL_MATRIX = 1 << 18
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def settle(device: str) -> torch.device:
-    """Choose a device, and make its results repeatable.
+def settle(device: str) -> tuple[torch.device, ...]:
+    """Choose devices, and make their results repeatable.
 
     Args:
-        device: A torch device; `auto` is the first CUDA device, or the CPU.
+        device: A torch device, or several GPUs with commas between, the main one first; `auto` is the first CUDA
+            device, or the CPU.
+
+    Returns:
+        The devices; the first one is torch's current one.
 
     Raises:
-        InvalidInput: This machine has no such device.
+        InvalidInput: This machine has no such device, or several cannot be used together.
     """
     # sums depend on how they are split over threads, so their number is fixed rather than left to the load
     threads = os.environ.get("RANKSEARCH_THREADS") or os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     torch.set_num_threads(int(threads))
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    chosen = tuple(_existing(name.strip()) for name in device.split(","))
+    if len(chosen) > 1 and (len(set(chosen)) < len(chosen) or any(each.type == "cpu" for each in chosen)):
+        raise InvalidInput(
+            f"One worker cannot work on {device!r}: name several GPUs, each once, or the CPU alone.", device=device
+        )
+    if chosen[0].type == "cuda":
+        torch.cuda.set_device(chosen[0])
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return chosen
+
+
+def _existing(name: str) -> torch.device:
     try:
-        chosen = torch.device("cuda:0" if device == "cuda" else device)
-        torch.empty(1, device=chosen)
+        device = torch.device("cuda:0" if name == "cuda" else name)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0][:200]
         raise InvalidInput(
-            f"There is no device {device!r} here ({reason}); --list-devices prints those there are.", device=device
+            f"There is no device {name!r} here ({reason}); --list-devices prints those there are.", device=name
         ) from error
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return chosen
+    return device
 
 
 def threads_for(widest: int, threads: int) -> int:
@@ -61,14 +75,17 @@ def threads_for(widest: int, threads: int) -> int:
     return 1 if widest < SMALL_MATRIX else threads
 
 
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Torch's name, product name, memory in bytes, measured fp32 operations per second, and CPU threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+def device_facts(*devices: torch.device) -> dict[str, Any]:
+    """Torch's name, product name, memory in bytes, measured fp32 operations per second, and CPU threads.
+
+    Several have their memory added up, and the speed of the first: one computes at a time.
+    """
+    names = Counter(torch.cuda.get_device_name(each) if each.type == "cuda" else _cpu_name() for each in devices)
     return {
-        "device": str(device),
-        "name": name,
-        "memory_bytes": memory_bytes(device),
-        "flops": _measure_flops(device),
+        "device": ",".join(map(str, devices)),
+        "name": " + ".join(f"{count} x {name}" if count > 1 else name for name, count in names.items()),
+        "memory_bytes": sum(map(memory_bytes, devices)),
+        "flops": _measure_flops(devices[0]),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

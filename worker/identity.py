@@ -16,11 +16,11 @@ def worker_id(device: str, name: str | None = None) -> str:
     """`host:device`, e.g. `gpu-box:cuda:0`; the same after every restart on the same machine.
 
     Args:
-        device: A torch device.
+        device: A torch device, or several as `device_facts` names them.
         name: Stands for the host's name, to run a second worker on one device.
     """
     host = re.sub(r"[^a-z0-9.-]+", "-", (name or socket.gethostname()).lower()).strip("-.") or "worker"
-    return f"{host[:200]}:{device}"
+    return f"{host[: min(200, 254 - len(device))]}:{device}"  # the store has room for 255 characters
 
 
 def process_facts() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ranksearch.worker.known_errors import as_known_error
 from ranksearch.worker.loading import METHOD  # a compressed checkpoint is a model, too
 from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.plain import make_plain
+from ranksearch.worker.spread import spread_blocks
 from ranksearch.worker.tensor_file import DTYPES
 
 WEIGHTS = "model.safetensors"
@@ -68,7 +70,7 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Sequence[torch.device] = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in evaluation mode, its weights in plain linear layers (`make_plain`), and its tokenizer.
@@ -79,8 +81,9 @@ def load_model(
         source: Local folder or hub id.
         revision: Hub revision.
         dtype: A dtype or its name; `auto` is the dtype the weights are stored in.
-        device: Where it computes. The weights go there; of a model that does not fit (`fits`) the blocks stay on the
-            CPU and are fetched one at a time.
+        device: Where it computes. The weights go there; those of a model that does not fit (`fits`) are laid over
+            several devices if there are any, the main one first (`spread_blocks`). Of one that does not fit there
+            either the blocks stay on the CPU and are fetched one at a time.
         trust_remote_code: Run code that comes with the model.
 
     Returns:
@@ -101,14 +104,14 @@ def load_model(
         raise UnsupportedModel(
             f"{source} is quantized ({method}); ranksearch compresses the original weights. Name the unquantized model."
         )
-    device = torch.device(device)
-    placed = fits(folder, dtype, device)
-    model = _load_weights(folder, dtype, device if placed else torch.device("cpu"), trust_remote_code)
+    devices = [torch.device(device)] if isinstance(device, str | torch.device) else list(device)
+    placed = fits(folder, dtype, devices[0])
+    model = _load_weights(folder, dtype, devices[0] if placed else torch.device("cpu"), trust_remote_code)
     model.eval().requires_grad_(False)
     if method is None:
         make_plain(model)
-    if not placed:
-        fetch_blocks(model, device)
+    if not placed and not (len(devices) > 1 and spread_blocks(model, devices, [*map(_room, devices)])):
+        fetch_blocks(model, devices[0])
     return model, tokenizer
 
 
@@ -132,7 +135,11 @@ def fits(folder: Path, dtype: str | torch.dtype, device: torch.device) -> bool:
                 stored = DTYPES.get(part.get_dtype(), torch.float64)  # a rare kind is taken for a wide one
                 kind = wanted if isinstance(wanted, torch.dtype) and stored.is_floating_point else stored
                 size += math.prod(part.get_shape()) * kind.itemsize
-    return size <= MOST_OF_DEVICE * free_bytes(device)
+    return size <= _room(device)
+
+
+def _room(device: torch.device) -> float:
+    return MOST_OF_DEVICE * free_bytes(device)
 
 
 def model_fingerprint(source: str | Path, revision: str | None = None) -> str:

@@ -14,6 +14,7 @@ from ranksearch.search.targets import Target
 from ranksearch.worker.covariance import MeanAbsolute, Moments, PooledCovariance, Seen
 from ranksearch.worker.metrics import Needs
 from ranksearch.worker.residual_stream import ResidualStream
+from ranksearch.worker.spread import device_of
 from ranksearch.worker.targets import block_of
 from ranksearch.worker.weight_gradients import SquaredWeightGradient, WeightGradient
 
@@ -50,10 +51,12 @@ class Observer:
         """
         self._model, self._groups, self._needs = model, groups, needs
         self._hooks: list[Any] = []
-        device = next(model.parameters()).device
+        place = partial(device_of, model)  # sums lie where what is summed comes from
         targets = [target for group in groups for target in group]
-        self.inputs: dict[str, Inputs] = {g[0].name: _of_inputs(needs, g[0], device) for g in groups}
-        self.gradients: dict[str, Gradients] = {t.name: _of_gradients(needs, t, device) for t in targets if backward}
+        self.inputs: dict[str, Inputs] = {g[0].name: _of_inputs(needs, g[0], place(g[0].name)) for g in groups}
+        self.gradients: dict[str, Gradients] = {
+            t.name: _of_gradients(needs, t, place(t.name)) for t in targets if backward
+        }
         blocks = dict.fromkeys(block_of(model, target) for target in targets)
         self.stream = ResidualStream(model, [target for block in blocks for target in neighbours[block]])
 

@@ -145,7 +145,7 @@ class PrefixModel:
         """Runs the named targets through the given factors and all others dense.
 
         Args:
-            pairs: Target -> `left` `m x r` and `right` `r x n`, on the model's device and in its dtype.
+            pairs: Target -> `left` `m x r` and `right` `r x n`, where the target computes and in the model's dtype.
         """
         for name, module in self._modules.items():
             module.set_pair(pairs.get(name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def prove(
     spec: JobSpec,
     source: Path,
     folder: Path,
-    device: torch.device,
+    devices: Sequence[torch.device],
     device_name: str,
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def prove(
         spec: The job's.
         source: Folder of the original model.
         folder: Where the checkpoint goes.
-        device: Where to compute.
+        devices: Where to compute, the main one first.
         device_name: For the report.
         progress: Told the fraction done.
 
@@ -80,7 +80,7 @@ def prove(
         model=model,
         tokenizer=tokenizer,
         # pivot rows are chosen in double precision, which takes long on a CPU
-        pairs=_on(device, pairs) if spec.method.form == "pivoted" else pairs,
+        pairs=_on(devices[0], pairs) if spec.method.form == "pivoted" else pairs,
         ranks=dict(refined.ranks if refined else vectors["best"]),
         targets=targets,
         biases=biases,
@@ -90,13 +90,13 @@ def prove(
     )
     del bank, pairs, biases
     progress(0.7)
-    final, _ = load_model(folder, device=device, trust_remote_code=spec.model.trust_remote_code)
+    final, _ = load_model(folder, device=devices, trust_remote_code=spec.model.trust_remote_code)
     rows["final"] = {name: text.score(final) for name, text in texts.items()}
     progress(0.9)
     seconds = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 3.0)
     with as_loaded(model):
-        before = measure(model, device, seconds=seconds)
-    after = measure(final, device, seconds=seconds)
+        before = measure(model, devices[0], seconds=seconds)
+    after = measure(final, devices[0], seconds=seconds)
     return {
         "scores": {row: _by_text(_beside(scores, rows["dense"])) for row, scores in rows.items()},
         "against": _against(rows),

@@ -26,6 +26,7 @@ class Readout:
 
     Attributes:
         head: The output projection when `linear`, None otherwise.
+        device: The model's main device: token ids go there, and hidden states come from there.
         vocabulary: Number of logits per token.
     """
 
@@ -61,7 +62,8 @@ class Readout:
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states, `batch x tokens x d`, of token ids `batch x tokens`."""
-        return last_hidden(getattr(self._model, self._path)(input_ids=ids.to(self.device), use_cache=False))
+        output = getattr(self._model, self._path)(input_ids=ids.to(self.device), use_cache=False)
+        return last_hidden(output).to(self.device)  # the last block may be elsewhere
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `tokens x vocabulary`, in the model's dtype, of hidden states `tokens x d`."""

@@ -109,6 +109,7 @@ class _Block:
         end = output_of(output)
         if before is None or not outputs or end.shape != before.shape:
             return  # blocks are also called without being run
+        before = before.to(end.device)  # the block before this one may be elsewhere
         self._tokens += before[..., 0].numel()
         self._count(None, before, end)
         for sublayer, part in outputs.items() if self._followed in (None, True) else ():

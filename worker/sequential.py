@@ -37,6 +37,7 @@ from ranksearch.worker.linalg import DAMPING, Root, square_root
 from ranksearch.worker.placement import held
 from ranksearch.worker.prefix import Pair, PrefixModel
 from ranksearch.worker.spill import Spill
+from ranksearch.worker.spread import device_of
 from ranksearch.worker.stream import BlockStream
 
 #: Tokens per forward pass of a block.
@@ -122,7 +123,7 @@ class _Sweep:
         scratch: str | Path | None,
     ) -> None:
         self._prefix, self._gradients, self._scratch = prefix, gradients, scratch
-        self._device = next(prefix.model.parameters()).device
+        self._device = next(prefix.model.parameters()).device  # of the block that is being solved
         self._strength, self._damping = strength, damping
         self.stream = BlockStream(prefix.model, blocks, rows=max(1, BATCH_TOKENS // blocks.shape[1]))
         self.pairs, self.facts = dict(pairs), dict[str, dict[str, Any]]()
@@ -131,6 +132,7 @@ class _Sweep:
         self._compressed = self._dense
 
     def solve_block(self, index: int, groups: Sequence[Sequence[Target]]) -> None:
+        self._device = device_of(self._prefix.model, self.stream.paths[index])
         groups = self.stream.in_order(index, self._first(), {group[0].name: group for group in groups})
         for place, group in enumerate(groups):
             factored = [target for target in group if target.name in self.pairs]

@@ -49,6 +49,7 @@ from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.search.targets import Target
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.fingerprints import content_hash
+from ranksearch.worker.spread import device_of
 from ranksearch.worker.student import Product, Student, compute_dtype
 from ranksearch.worker.training import Training, batch, content_of
 
@@ -255,7 +256,8 @@ class _Run:
     def _count(self) -> float:
         """`kept(s)`: the parameters of all components, each as far as it counts."""
         targets = _free(self._space)
-        sums = torch.stack([_counted(self.scores[t.name]).sum() for t in targets]).tolist()
+        device = self.scores[targets[0].name].device  # scores of other blocks may be elsewhere
+        sums = torch.stack([_counted(self.scores[t.name]).sum().to(device) for t in targets]).tolist()
         costs = [min(t.parameters, t.marginal * total) for t, total in zip(targets, sums, strict=True)]
         fixed = self._space.parameters - sum(t.parameters for t in targets)
         return float((fixed + sum(costs)) / self._space.parameters)
@@ -289,8 +291,7 @@ def _check(bank: FactorBank, space: RankSpace) -> None:
 
 
 def _start(model: nn.Module, space: RankSpace, ranks: Mapping[str, int] | None) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    scores = {t.name: torch.ones(t.full_rank, device=device) for t in _free(space)}
+    scores = {t.name: torch.ones(t.full_rank, device=device_of(model, t.name)) for t in _free(space)}
     if ranks is not None:
         for name, s in scores.items():
             s[ranks[name] :] = DROPPED

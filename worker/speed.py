@@ -2,8 +2,8 @@
 
 Prefill is one forward pass over a prompt, decode one token at a time after it; both are medians over repeats. The peak
 is the weights plus what a prefill and the first decoded tokens allocate at once: on CUDA by the allocator's own count,
-elsewhere by adding up the tensors that are alive. What else the process holds is not in it, nor, on a CPU, is the
-scratch memory inside a kernel.
+that of each device added up, elsewhere by adding up the tensors that are alive. What else the process holds is not in
+it, nor, on a CPU, is the scratch memory inside a kernel.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import inspect
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ranksearch.worker.spread import devices_of
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 32
@@ -30,8 +32,8 @@ def measure(
     """Measure one model.
 
     Args:
-        model: A causal language model on `device`, in evaluation mode.
-        device: Its device.
+        model: A causal language model on `device`, or with some of its blocks on others, in evaluation mode.
+        device: Its main device.
         prompt: Token ids to read; by default ids spread over the vocabulary, as the values hardly matter for speed.
         seconds: About how long to measure; a model that is too slow for it is measured once.
 
@@ -39,13 +41,13 @@ def measure(
         `prefill_tokens_per_second`, `decode_tokens_per_second`, `prompt_tokens`, `new_tokens`, `peak_memory_bytes` and
         `memory_source` (`cuda allocator` or `live tensors`).
     """
-    device = torch.device(device)
+    devices = devices_of(model)
     ids = _prompt(model, prompt).to(device)
     new = min(NEW_TOKENS, max(1, _positions(model) - ids.shape[1]))
     with torch.inference_mode():
-        peak, source = _peak(model, device, lambda: _decode(model, *_prefill(model, ids), 2))
-        prefill = _median(lambda: _prefill(model, ids), device, seconds / 2)
-        decode = _decode_median(model, ids, new, device, seconds / 2)
+        peak, source = _peak(model, devices, lambda: _decode(model, *_prefill(model, ids), 2))
+        prefill = _median(lambda: _prefill(model, ids), devices, seconds / 2)
+        decode = _decode_median(model, ids, new, devices, seconds / 2)
     return {
         "prefill_tokens_per_second": ids.shape[1] / prefill,
         "decode_tokens_per_second": new / decode,
@@ -80,15 +82,15 @@ def _decode(model: Any, token: Tensor, cache: Any, tokens: int) -> None:
         token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
-def _median(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+def _median(work: Callable[[], Any], devices: Sequence[torch.device], seconds: float) -> float:
     work()
-    return _repeat(lambda: _timed(work, device), seconds)
+    return _repeat(lambda: _timed(work, devices), seconds)
 
 
-def _decode_median(model: Any, ids: Tensor, tokens: int, device: torch.device, seconds: float) -> float:
+def _decode_median(model: Any, ids: Tensor, tokens: int, devices: Sequence[torch.device], seconds: float) -> float:
     def once() -> float:
         token, cache = _prefill(model, ids)  # a fresh cache every time, outside the clock
-        return _timed(lambda: _decode(model, token, cache, tokens), device)
+        return _timed(lambda: _decode(model, token, cache, tokens), devices)
 
     return _repeat(once, seconds)
 
@@ -100,30 +102,33 @@ def _repeat(once: Callable[[], float], seconds: float) -> float:
     return statistics.median(times)
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+def _timed(work: Callable[[], Any], devices: Sequence[torch.device]) -> float:
+    _wait(devices)
     begun = time.perf_counter()
     work()
-    _wait(device)
+    _wait(devices)
     return time.perf_counter() - begun
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
-def _peak(model: nn.Module, device: torch.device, work: Callable[[], Any]) -> tuple[int, str]:
+def _peak(model: nn.Module, devices: Sequence[torch.device], work: Callable[[], Any]) -> tuple[int, str]:
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     weights = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    if device.type == "cuda":
+    if devices[0].type == "cuda":
         work()  # libraries take their workspaces once
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        _wait(devices)
+        before = sum(map(torch.cuda.memory_allocated, devices))
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         work()
-        torch.cuda.synchronize(device)
-        return sum(weights.values()) + torch.cuda.max_memory_allocated(device) - before, "cuda allocator"
+        _wait(devices)
+        most = sum(map(torch.cuda.max_memory_allocated, devices))
+        return sum(weights.values()) + most - before, "cuda allocator"
     with _LiveTensors(set(weights)) as live:
         work()
     return sum(weights.values()) + live.peak, "live tensors"

@@ -148,7 +148,7 @@ class Sweep:
                         gradient = loss_gradient(output.detach(), ids)
                     else:
                         assert self._gradient is not None
-                        gradient = self._gradient[index][0].to(self._device)
+                        gradient = self._gradient[index][0].to(output.device)
                     output.backward(gradient)
                 if not keep and number > 0 and leaf.grad is not None:
                     made.append([leaf.grad])

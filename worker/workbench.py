@@ -1,4 +1,4 @@
-"""What the device process can do: the operations of a job on one torch device.
+"""What the device process can do: the operations of a job on one torch device, or on several together.
 
 Every request brings the job's context: its spec and the files made so far. The bench loads whatever of it is not loaded
 yet, so a fresh process can take over in the middle of a job, and a process that has the model keeps it.
@@ -7,6 +7,7 @@ yet, so a fresh process can take over in the middle of a job, and a process that
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +21,7 @@ from ranksearch.search.objective import METRICS
 from ranksearch.search.plan import check_budget, check_trials
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
+from ranksearch.search.targets import Target
 from ranksearch.worker.ahead import Ahead
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
@@ -32,6 +34,7 @@ from ranksearch.worker.models import load_model, locate, model_fingerprint
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.proof import brief, prove
 from ranksearch.worker.refine import Refined, Refinement
+from ranksearch.worker.spread import device_of
 from ranksearch.worker.stream import BlockStream
 from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
@@ -46,16 +49,22 @@ SPARE = 0.15
 
 
 class Workbench:
-    """One torch device and what is loaded on it."""
+    """One torch device, or several that hold a model together, and what is loaded there.
+
+    Attributes:
+        devices: All of them.
+        device: The first, where everything but a model's blocks and their factors goes.
+    """
 
     def __init__(self, device: str) -> None:
-        """Settle on a device.
+        """Settle on devices.
 
         Args:
-            device: A torch device; `auto` is the first CUDA device, or the CPU.
+            device: As in `settle`.
         """
-        self.device = settle(device)
-        self._facts = device_facts(self.device)
+        self.devices = settle(device)
+        self.device = self.devices[0]
+        self._facts = device_facts(*self.devices)
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "prepare": self.prepare,
             "calibrate": self.calibrate,
@@ -275,7 +284,7 @@ class Workbench:
             spec=spec,
             source=folder_of_model,
             folder=Path(folder),
-            device=self.device,
+            devices=self.devices,
             device_name=self._facts["name"],
             progress=progress,
         )
@@ -297,7 +306,7 @@ class Workbench:
             folder = locate(source, revision=job.get("revision") or spec.revision, trust_remote_code=trust)
             if job.get("model_fingerprint") not in (None, model_fingerprint(folder)):
                 raise InvalidInput(f"The model {source} has changed since the job began; submit the job again.")
-            model, tokenizer = load_model(folder, dtype=spec.dtype, device=self.device, trust_remote_code=trust)
+            model, tokenizer = load_model(folder, dtype=spec.dtype, device=self.devices, trust_remote_code=trust)
             widest = max(target.parameters for target in find_targets(model))
             torch.set_num_threads(threads_for(widest, self._facts["threads"]))
             return model, tokenizer, folder
@@ -320,8 +329,8 @@ class Workbench:
     def _bank(self, job: Mapping[str, Any]) -> FactorBank:
         def load() -> FactorBank:
             self._unload("ahead")  # the bank was there already
-            fits = Path(job["bank"]).stat().st_size <= free_bytes(self.device) - SPARE * memory_bytes(self.device)
-            return FactorBank.load(job["bank"], self.device if fits else "cpu")
+            model, _, _ = self._model(job)
+            return FactorBank.load(job["bank"], _beside(find_targets(model), model, Path(job["bank"]).stat().st_size))
 
         return self._once("bank", job["bank"], load)  # type: ignore[no-any-return]
 
@@ -366,6 +375,26 @@ def _check_lengths(spec: JobSpec, config: Any) -> None:
         if limit and length and length > limit:
             field = f"{part}.sequence_length"
             raise InvalidInput(f"{field} is {length}, but the model reads {limit} tokens at most.", field=field)
+
+
+def _beside(targets: Sequence[Target], model: Any, size: int) -> dict[str, torch.device]:
+    """Target -> the device that it computes on, or the CPU where the device has no room for its part of a bank.
+
+    Args:
+        targets: All targets.
+        model: Their model.
+        size: Bytes of the bank.
+    """
+    places = {target.name: device_of(model, target.name) for target in targets}
+    parameters = Counter[torch.device]()
+    for target in targets:
+        parameters[places[target.name]] += target.parameters
+    full = {
+        device
+        for device, count in parameters.items()
+        if size * count / parameters.total() > free_bytes(device) - SPARE * memory_bytes(device)
+    }
+    return {name: torch.device("cpu") if device in full else device for name, device in places.items()}
 
 
 def _spec(job: Mapping[str, Any]) -> JobSpec:

@@ -70,7 +70,7 @@ def _add(panel: str, command: Any, *examples: str) -> None:
 
 
 _add("Server", run.serve, "ranksearch serve", "ranksearch serve --port 8080 --no-worker")
-_add("Server", run.worker, "ranksearch worker --device cuda:0")
+_add("Server", run.worker, "ranksearch worker --device cuda:0", "ranksearch worker --device cuda:0,cuda:1")
 _add("Server", run.token, "ranksearch token")
 _add("Server", run.demo, "ranksearch demo", "ranksearch demo --kept 0.5,0.25 --keep-running")
 _add(

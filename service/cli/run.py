@@ -113,7 +113,12 @@ def _announce(settings: Settings) -> None:
 
 
 def worker(
-    device: Annotated[str, typer.Option(help="torch device; auto: the first GPU, or the CPU.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="torch device; auto: the first GPU, or the CPU. cuda:0,cuda:1: both, for models too large for one."
+        ),
+    ] = "auto",
     name: Annotated[
         str | None, typer.Option(help="Stands for this host's name, to run a second worker on one device.")
     ] = None,
