@@ -99,16 +99,29 @@ class Evaluation(_Part):
 
 
 class Budget(_Part):
-    """One study and one checkpoint for each value."""
+    """One study and one checkpoint for each value.
 
-    kept: Annotated[list[Kept], Field(min_length=1, max_length=32)]
+    A user names `kept` or `bytes`; the server adds the `kept` that bytes come to.
+    """
 
-    @field_validator("kept")
+    kept: Annotated[list[Kept], Field(min_length=1, max_length=32)] = Field(default_factory=list)
+    bytes: Annotated[list[Positive], Field(min_length=1, max_length=32)] | None = Field(
+        None, description="In place of kept: the most that weight files may take, in `export.dtype`."
+    )
+
+    @field_validator("kept", "bytes")
     @classmethod
-    def _distinct(cls, kept: list[float]) -> list[float]:
-        if len({f"{k:g}" for k in kept}) != len(kept):
+    def _distinct(cls, budgets: list[float] | list[int] | None) -> list[float] | list[int] | None:
+        names = [b if isinstance(b, int) else budget_label(b) for b in budgets or ()]
+        if len(set(names)) != len(names):
             raise ValueError("each budget may be named once")
-        return kept
+        return budgets
+
+    @model_validator(mode="after")
+    def _named(self) -> Budget:
+        if not self.kept and self.bytes is None:
+            raise ValueError("name a budget: kept, a share of the parameters, or bytes")
+        return self
 
 
 class Method(_Part):

@@ -19,7 +19,7 @@ from ranksearch.search.trials import may_be_best
 FORMS: Final[tuple[str, ...]] = get_args(Form)
 STEPS: Final[tuple[str, ...]] = get_args(Step)
 #: What the jobs of one method may differ in, and what its name says already.
-APART: Final = ("name", "budget.kept", "search.seed", "calibration.seed")
+APART: Final = ("name", "budget.kept", "budget.bytes", "search.seed", "calibration.seed")
 NAMED: Final = ("method.preset", "method.form", "method.refine")
 
 Row = dict[str, Any]

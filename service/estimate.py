@@ -9,16 +9,16 @@ from typing import Final
 import numpy as np
 from pydantic import BaseModel, Field
 
+from ranksearch.search.errors import ImpossibleBudget, InvalidInput
 from ranksearch.search.plan import check_budget, check_trials, sampled_space, sampler_of
 from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.search.targets import Target
-from ranksearch.service.models import BYTES_PER_ELEMENT, Tensors, find_targets
+from ranksearch.service.models import Tensors, find_targets
 from ranksearch.service.problems import at
+from ranksearch.service.weight_files import WeightFiles, width_of
 
-_WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-_INDEX_BYTES: Final = 4  # of each row of a target in form `pivoted`
 _TRIAL_TOKENS_AT_ONCE: Final = 4096
 _MOMENTS_AT_ONCE: Final = 4 << 30  # bytes; more are collected section by section
 _SVD_OPERATIONS: Final = 25  # of one m x n decomposition, in units of m n min(m, n): two eigendecompositions and an SVD
@@ -47,7 +47,7 @@ class BudgetEstimate(BaseModel):
     kept: float
     target_parameters: int
     model_parameters: int
-    checkpoint_bytes: int
+    checkpoint_bytes: int = Field(description="Of the weight files.")
 
 
 class Memory(BaseModel):
@@ -108,16 +108,56 @@ def check_budgets(spec: JobSpec, space: RankSpace) -> None:
         check_trials(spec, space)
 
 
+def with_kept(spec: JobSpec, tensors: Tensors) -> JobSpec:
+    """The spec with the `kept` that its budgets in bytes come to; a spec that names none as it is.
+
+    Each is the largest whose weight files fit, rounded down to `DIGITS` digits.
+
+    Raises:
+        ImpossibleBudget: No rank vector is as small; `data` holds `bytes`, `minimum_bytes`.
+        InvalidInput: The model fits as it is, two budgets come to the same, or another `kept` was named as well.
+        UnsupportedModel: Nothing to compress.
+    """
+    if spec.budget.bytes is None:
+        return spec
+    space, kept = rank_space(spec, tensors), list[float]()
+    files, smallest = WeightFiles.of(spec, space, tensors), sampled_space(space, sampler_of(spec) or "")
+    for place, most in enumerate(spec.budget.bytes):
+        with at(f"/budget/bytes/{place}"):
+            share = files.kept(most)
+            if share >= 1:
+                raise InvalidInput(
+                    f"the model takes {files.dense} bytes as it is, so {most} bytes need nothing compressed; ask for "
+                    "fewer",
+                    dense_bytes=files.dense,
+                )
+            if space.budget(share) < smallest.minimum:
+                least = files.bytes(smallest.minimum_kept)
+                raise ImpossibleBudget(
+                    f"{most} bytes cannot be reached: the smallest allowed ranks take up to {least}; ask for bytes >= "
+                    f"{least}",
+                    bytes=most,
+                    minimum_bytes=least,
+                )
+            if share in kept:
+                other = spec.budget.bytes[kept.index(share)]
+                raise InvalidInput(f"{most} and {other} bytes both come to kept {share:g}; name one of them")
+            kept.append(share)
+    if spec.budget.kept not in ([], kept):
+        with at("/budget/kept"):
+            raise InvalidInput("name kept or bytes, not both")
+    return spec.model_copy(update={"budget": spec.budget.model_copy(update={"kept": kept})})
+
+
 def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
     """Everything at once; `flops` is the speed of the fastest worker, operations per second."""
+    spec = with_kept(spec, tensors)
     space = rank_space(spec, tensors)
     check_budgets(spec, space)
     model = sum(tensor.parameters for tensor in tensors.values())
     stored = sum(tensor.size for tensor in tensors.values())
-    width = _WIDTH.get(spec.model.dtype) or max(
-        (BYTES_PER_ELEMENT[t.dtype] for t in tensors.values() if t.dtype in BYTES_PER_ELEMENT), default=2
-    )
-    budgets = [_budget(kept, spec, space, model, width) for kept in spec.budget.kept]
+    width, files = width_of(spec.model.dtype, tensors), WeightFiles.of(spec, space, tensors)
+    budgets = [_budget(kept, space, model, files) for kept in spec.budget.kept]
     memory, disk = _memory(spec, space, model, width), _disk(spec, space, budgets, width)
     return Estimate(
         parameters=Parameters(model=model, targets=space.parameters),
@@ -131,16 +171,13 @@ def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
     )
 
 
-def _budget(kept: float, spec: JobSpec, space: RankSpace, model: int, width: int) -> BudgetEstimate:
+def _budget(kept: float, space: RankSpace, model: int, files: WeightFiles) -> BudgetEstimate:
     targets = space.budget(kept)
-    remaining = model - space.parameters + targets
-    written = _WIDTH.get(spec.export.dtype, width)
-    indices = _INDEX_BYTES * sum(t.out_features for t in space.targets) if space.form == "pivoted" else 0
     return BudgetEstimate(
         kept=kept,
         target_parameters=targets,
-        model_parameters=remaining,
-        checkpoint_bytes=remaining * written + indices,
+        model_parameters=model - space.parameters + targets,
+        checkpoint_bytes=files.bytes(kept),
     )
 
 

@@ -82,11 +82,12 @@ def _excess(excess: Excess | None) -> str:
 def budget_line(budget: dict[str, Any]) -> str:
     """Sizes and speed of one budget's checkpoint, before and after."""
     parameters, held, speed = budget["parameters"], budget["bytes"], budget.get("speed") or {}
+    asked = f" of at most {size(held['asked'])}" if "asked" in held else ""
     lines = [
         f"kept {budget_label(budget['kept'])}",
         f"  parameters  targets {count(parameters['targets'])} of {count(parameters['targets_dense'])}"
         f" (kept {budget['kept_exact']:.4f}), model {count(parameters['model'])} of {count(parameters['model_dense'])}",
-        f"  disk        {size(held['disk'])}, dense {size(held['disk_dense'])}",
+        f"  disk        {size(held['disk'])}{asked}, dense {size(held['disk_dense'])}",
         f"  loaded      {size(held['loaded'])}, dense {size(held['loaded_dense'])}",
     ]
     before, after = speed.get("before") or {}, speed.get("after") or {}

@@ -88,7 +88,7 @@ def build_budget(
         facts: What factoring says about each target (damping, effective rank, tokens, ...).
         scores: Row (dense, uniform, prior, best, final) to `evaluation` and `test` scores.
         parameters: `targets`, `targets_dense`, `model`, `model_dense`.
-        bytes: `disk`, `disk_dense`, `loaded`, `loaded_dense`.
+        bytes: `disk`, `disk_dense`, `loaded`, `loaded_dense`; and `asked`, the most that disk may be, if it was named.
         speed: `device`, `before`, `after`.
         seconds: Of each stage.
         history: The trials.
@@ -294,7 +294,7 @@ def _sizes(budget: Mapping[str, Any]) -> list[str]:
         "|---|---:|---:|",
         f"| parameters of the compressed matrices | {parameters['targets_dense']:,} | {parameters['targets']:,} |",
         f"| parameters of the model | {parameters['model_dense']:,} | {parameters['model']:,} |",
-        f"| weights on disk, bytes | {held['disk_dense']:,} | {held['disk']:,} |",
+        f"| weights on disk, bytes | {held['disk_dense']:,} | {held['disk']:,}{_asked(held)} |",
         f"| weights in memory, bytes | {held['loaded_dense']:,} | {held['loaded']:,} |",
     ]
     for key, words in (
@@ -308,6 +308,10 @@ def _sizes(budget: Mapping[str, Any]) -> list[str]:
         length = f"prompt of {before['prompt_tokens']} tokens" if "prompt_tokens" in before else "one prompt"
         lines += ["", f"Speed: one sequence, {length}, both models on the same {_cell(speed.get('device', 'device'))}."]
     return [*lines, ""]
+
+
+def _asked(held: Mapping[str, int]) -> str:
+    return f" of at most {held['asked']:,}" if "asked" in held else ""
 
 
 def _origin(report: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:

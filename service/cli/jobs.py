@@ -22,7 +22,7 @@ from ranksearch.service.cli.output import (
     table,
 )
 from ranksearch.service.client import JSON, Client
-from ranksearch.service.figures import ago, duration, number
+from ranksearch.service.figures import ago, duration, number, size
 from ranksearch.service.watch import follow
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `submit` printed it.")]
@@ -32,6 +32,7 @@ def submit(
     spec: options.SpecFile = None,
     model: options.Model = None,
     kept: options.Kept = None,
+    bytes: options.Bytes = None,
     name: options.Name = None,
     dtype: options.Dtype = None,
     dataset: options.DatasetName = None,
@@ -65,6 +66,7 @@ def submit(
         spec,
         model=model,
         kept=kept,
+        bytes=bytes,
         name=name,
         dtype=dtype,
         dataset=dataset,
@@ -172,6 +174,7 @@ def show(job: JobId, as_json: options.AsJson = False) -> None:
         ("stage", f"{document.get('stage') or '-'}, {100 * float(document['progress']):.0f}%{_eta(document)}"),
         ("model", _model(document)),
         ("kept", ", ".join(f"{kept:g}" for kept in spec["budget"]["kept"])),
+        *([("bytes", ", ".join(map(size, sizes)))] if (sizes := spec["budget"].get("bytes")) else []),
         ("search", f"{search['trials']} trials, {search['sampler']}, {search['objective']}"),
         ("created", ago(document.get("created_at"))),
     ]
