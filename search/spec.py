@@ -109,6 +109,12 @@ class Budget(_Part):
         None, description="In place of kept: the most that weight files may take, in `export.dtype`."
     )
 
+    of: Literal["parameters", "latency"] = Field(
+        "parameters",
+        description="What kept is a share of: the targets' parameters, or the time they take to decode a token, "
+        "measured on the worker's device.",
+    )
+
     @field_validator("kept", "bytes")
     @classmethod
     def _distinct(cls, budgets: list[float] | list[int] | None) -> list[float] | list[int] | None:
@@ -121,6 +127,8 @@ class Budget(_Part):
     def _named(self) -> Budget:
         if not self.kept and self.bytes is None:
             raise ValueError("name a budget: kept, a share of the parameters, or bytes")
+        if self.bytes is not None and self.of != "parameters":
+            raise ValueError("bytes are of parameters; leave budget.of out")
         return self
 
 
@@ -266,6 +274,13 @@ class JobSpec(_Part):
     search: Search = Field(default_factory=Search, validate_default=True)
     export: Export = Field(default_factory=Export)
     webhook: None = Field(None, description="Not available yet.")
+
+    @field_validator("method")
+    @classmethod
+    def _can_be_timed(cls, method: Method, info: ValidationInfo) -> Method:
+        if "soco" in method.steps and "budget" in info.data and info.data["budget"].of == "latency":
+            raise ValueError("soco counts parameters; leave budget.of out, or do without soco")
+        return method
 
     @field_validator("search")
     @classmethod

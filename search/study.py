@@ -29,6 +29,7 @@ from ranksearch.search.baselines import baseline
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import ATTEMPTS, POINT, Draw, stable, taken
 from ranksearch.search.presets import PRESETS, PROBE
+from ranksearch.search.prices import as_document
 from ranksearch.search.probes import Probes, planned_trials
 from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
 from ranksearch.search.published import closed_form
@@ -387,4 +388,6 @@ class RankStudy:
             "keep_dense": list(self.space.keep_dense),
             "form": self.space.form,
         }
+        if self.space.prices is not None:
+            table["prices"] = as_document([target.name for target in self.space.targets], self.space.prices)
         self._storage.set_study_system_attr(self._study_id, SPACE, json.loads(json.dumps(table)))

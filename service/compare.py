@@ -44,7 +44,9 @@ def contenders(
     for name in methods:
         spec = _with_method(base, name)
         if kept is not None:
-            spec["budget"] = {"kept": list(kept)}
+            named = spec.get("budget")
+            measure = {"of": named["of"]} if isinstance(named, dict) and "of" in named else {}
+            spec["budget"] = {**measure, "kept": list(kept)}
         for seed in seeds or [spec["search"].get("seed", 0)]:
             document = {**spec, "search": {**spec["search"], "seed": seed}}
             same = names.setdefault(_checked(name, document).model_dump_json(exclude={"name"}), name)

@@ -42,12 +42,12 @@ class TargetKind(BaseModel):
 
 
 class BudgetEstimate(BaseModel):
-    """What one budget leaves."""
+    """What one budget leaves; a budget of latency says nothing of sizes before a worker has measured."""
 
     kept: float
-    target_parameters: int
-    model_parameters: int
-    checkpoint_bytes: int = Field(description="Of the weight files.")
+    target_parameters: int | None
+    model_parameters: int | None
+    checkpoint_bytes: int | None = Field(description="Of the weight files.")
 
 
 class Memory(BaseModel):
@@ -73,7 +73,9 @@ class Estimate(BaseModel):
 
     parameters: Parameters
     model_bytes: int
-    minimum_kept: float = Field(description="The smallest budget that can be asked for.")
+    minimum_kept: float | None = Field(
+        description="The smallest budget that can be asked for; null for budgets of latency, as it is to be measured."
+    )
     break_even: list[TargetKind]
     budgets: list[BudgetEstimate]
     memory: Memory
@@ -101,6 +103,8 @@ def check_budgets(spec: JobSpec, space: RankSpace) -> None:
         ImpossibleBudget: No rank vector meets one of them.
         InvalidInput: The preset would take more trials than a budget may have.
     """
+    if spec.budget.of == "latency":
+        return  # only a worker that has measured can tell
     for place, kept in enumerate(spec.budget.kept):
         with at(f"/budget/kept/{place}"):
             check_budget(spec, space, kept)
@@ -157,12 +161,16 @@ def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
     model = sum(tensor.parameters for tensor in tensors.values())
     stored = sum(tensor.size for tensor in tensors.values())
     width, files = width_of(spec.model.dtype, tensors), WeightFiles.of(spec, space, tensors)
+    timed = spec.budget.of == "latency"
     budgets = [_budget(kept, space, model, files) for kept in spec.budget.kept]
-    memory, disk = _memory(spec, space, model, width), _disk(spec, space, budgets, width)
+    if timed:
+        unknown = {"target_parameters": None, "model_parameters": None, "checkpoint_bytes": None}
+        budgets = [budget.model_copy(update=unknown) for budget in budgets]
+    memory, disk = _memory(spec, space, model, width), _disk(spec, space, files, width)
     return Estimate(
         parameters=Parameters(model=model, targets=space.parameters),
         model_bytes=stored,
-        minimum_kept=sampled_space(space, sampler_of(spec) or "").minimum_kept,
+        minimum_kept=None if timed else sampled_space(space, sampler_of(spec) or "").minimum_kept,
         break_even=_break_even(space),
         budgets=budgets,
         memory=memory,
@@ -224,16 +232,21 @@ def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
     return Memory(model_bytes=weights, calibrate_bytes=calibrate, factor_bytes=factor, trial_bytes=trial)
 
 
-def _disk(spec: JobSpec, space: RankSpace, budgets: Sequence[BudgetEstimate], width: int) -> Disk:
+def _disk(spec: JobSpec, space: RankSpace, files: WeightFiles, width: int) -> Disk:
     calibration = 4 * _moment_numbers(spec, space.targets)
     bank = width * _bank_numbers(spec, space.targets)
-    checkpoints = sum(budget.checkpoint_bytes for budget in budgets)
+    checkpoints = sum(files.bytes(kept) for kept in _at_most(spec))
     return Disk(
         calibration_bytes=calibration,
         factor_bank_bytes=bank,
         checkpoints_bytes=checkpoints,
         total_bytes=calibration + bank + checkpoints,
     )
+
+
+def _at_most(spec: JobSpec, whole: float = 1.0) -> list[float]:
+    """The share of the parameters that each budget keeps; `whole` for budgets of latency, which do not say."""
+    return [whole if spec.budget.of == "latency" else kept for kept in spec.budget.kept]
 
 
 def _multiplied(space: RankSpace, kept: float) -> int:
@@ -246,8 +259,9 @@ def _multiplied(space: RankSpace, kept: float) -> int:
 
 def _searched(spec: JobSpec, space: RankSpace, model: int) -> int:
     """Parameters that the trials of all budgets multiply a token with."""
-    trial = [model - space.parameters + _multiplied(space, kept) for kept in spec.budget.kept]
-    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in spec.budget.kept]
+    trial = [model - space.parameters + _multiplied(space, kept) for kept in _at_most(spec)]
+    # where only measuring tells which vectors are probed, it is as many as at the largest budget of parameters
+    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in _at_most(spec, 0.99)]
     if spec.method.preset == "asvd":
         # a probe leaves all targets but one dense, and serves every budget
         return (max(trials) - 1) * model + sum(trial)

@@ -98,6 +98,11 @@ def budget_line(budget: dict[str, Any]) -> str:
                 f"  {label}  {number(after[key], 0)} tokens/s, dense {number(before[key], 0)}"
                 f" ({after[key] / before[key]:.2f} times) on {speed.get('device', '?')}"
             )
+    if timed := speed.get("targets"):
+        share = timed["seconds"] / timed["dense_seconds"]
+        lines.append(
+            f"  targets     {1e6 * timed['seconds']:,.1f} us/token, {share:.4f} of dense, by the table of ranks"
+        )
     return "\n".join(lines)
 
 
@@ -117,7 +122,9 @@ def print_estimate(console: Console, answer: dict[str, Any]) -> None:
     parameters = answer["parameters"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{count(parameters['model'])} parameters, {size(answer['model_bytes'])}")
-    facts.add_row("targets", f"{count(parameters['targets'])} parameters, kept {answer['minimum_kept']:.4g} or more")
+    least = answer["minimum_kept"]
+    known = "the least kept is measured by the worker" if least is None else f"kept {least:.4g} or more"
+    facts.add_row("targets", f"{count(parameters['targets'])} parameters, {known}")
     for part, unit in (("memory", size), ("disk", size), ("minutes", lambda minutes: duration(60 * minutes))):
         for name, value in (answer[part] or {}).items():
             facts.add_row(f"{'time' if part == 'minutes' else part}, {_words(name)}", unit(value))
@@ -144,7 +151,7 @@ def _figure(name: str, value: Any) -> str:
         return size(value)
     if name == "kept":
         return budget_label(value)
-    return count(value) if isinstance(value, int) else str(value)
+    return str(value) if isinstance(value, str) else count(value)
 
 
 def _words(name: str) -> str:

@@ -89,7 +89,7 @@ def build_budget(
         scores: Row (dense, uniform, prior, best, final) to `evaluation` and `test` scores.
         parameters: `targets`, `targets_dense`, `model`, `model_dense`.
         bytes: `disk`, `disk_dense`, `loaded`, `loaded_dense`; and `asked`, the most that disk may be, if it was named.
-        speed: `device`, `before`, `after`.
+        speed: `device`, `before`, `after`; where the space has prices, `targets` is added, what they say.
         seconds: Of each stage.
         history: The trials.
         refine: What each step after the search did.
@@ -98,7 +98,7 @@ def build_budget(
     document: dict[str, Any] = _plain(
         {
             "kept": kept,
-            "kept_exact": space.kept(space.from_dict(dict(ranks))),
+            "kept_exact": int(space.parameters_of(space.from_dict(dict(ranks))).sum()) / space.parameters,
             "targets": {
                 target.name: {
                     **facts.get(target.name, {}),
@@ -115,13 +115,21 @@ def build_budget(
             "against": against or {},
             "parameters": parameters,
             "bytes": bytes,
-            "speed": speed,
+            "speed": {**speed, **_timed(space, ranks)},
             "seconds": seconds,
             "history": history,
             "refine": refine,
         }
     )
     return document
+
+
+def _timed(space: RankSpace, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """What the targets take to decode a token by the prices of the space, dense and at these ranks, s."""
+    if space.prices is None:
+        return {}
+    seconds = {"dense_seconds": space.whole, "seconds": space.cost(space.from_dict(dict(ranks)))}
+    return {"targets": {name: picoseconds / 1e12 for name, picoseconds in seconds.items()}}
 
 
 def libraries() -> dict[str, str]:
@@ -173,7 +181,7 @@ def model_card(
         [
             *_front_matter(None if local else source, source_card),
             "",
-            f"# {name}, {budget_label(budget['kept'])} of its parameters kept",
+            f"# {name}, {budget_label(budget['kept'])} of its {_measure(spec)} kept",
             "",
             f"Low-rank version of `{name}` made by ranksearch: the weight matrices of its decoder blocks keep "
             f"{budget['kept_exact']:.4f} of their parameters, most of them at a lower rank (form "
@@ -185,6 +193,10 @@ def model_card(
             *_origin(report, budget),
         ]
     )
+
+
+def _measure(spec: Mapping[str, Any]) -> str:
+    return "decode time" if spec["budget"].get("of") == "latency" else "parameters"
 
 
 def _front_matter(base: str | None, source_card: str | None) -> list[str]:
@@ -304,6 +316,9 @@ def _sizes(budget: Mapping[str, Any]) -> list[str]:
     ):
         if key in before and key in after:
             lines.append(f"| {words} | {_number(before[key], 0)} | {_number(after[key], 0)} |")
+    if timed := speed.get("targets"):
+        cells = (f"{1e6 * timed[key]:,.1f}" for key in ("dense_seconds", "seconds"))
+        lines.append(f"| compressed matrices by the table of ranks, us/token | {' | '.join(cells)} |")
     if before:
         length = f"prompt of {before['prompt_tokens']} tokens" if "prompt_tokens" in before else "one prompt"
         lines += ["", f"Speed: one sequence, {length}, both models on the same {_cell(speed.get('device', 'device'))}."]

@@ -33,6 +33,7 @@ def submit(
     model: options.Model = None,
     kept: options.Kept = None,
     bytes: options.Bytes = None,
+    of: options.Of = None,
     name: options.Name = None,
     dtype: options.Dtype = None,
     dataset: options.DatasetName = None,
@@ -67,6 +68,7 @@ def submit(
         model=model,
         kept=kept,
         bytes=bytes,
+        of=of,
         name=name,
         dtype=dtype,
         dataset=dataset,
@@ -173,7 +175,7 @@ def show(job: JobId, as_json: options.AsJson = False) -> None:
         ("status", Text.assemble(status_text(document["status"]), _error(document))),
         ("stage", f"{document.get('stage') or '-'}, {100 * float(document['progress']):.0f}%{_eta(document)}"),
         ("model", _model(document)),
-        ("kept", ", ".join(f"{kept:g}" for kept in spec["budget"]["kept"])),
+        ("kept", _kept(spec["budget"])),
         *([("bytes", ", ".join(map(size, sizes)))] if (sizes := spec["budget"].get("bytes")) else []),
         ("search", f"{search['trials']} trials, {search['sampler']}, {search['objective']}"),
         ("created", ago(document.get("created_at"))),
@@ -199,6 +201,11 @@ def cancel(job: JobId, as_json: options.AsJson = False) -> None:
         say(f"{job} stops as soon as its worker has put its things away")
     else:
         out().print(Text.assemble(job, " ", (document["status"], STATUS_STYLES.get(document["status"], ""))))
+
+
+def _kept(budget: JSON) -> str:
+    kept = ", ".join(f"{kept:g}" for kept in budget["kept"])
+    return f"{kept} of latency" if budget.get("of") == "latency" else kept
 
 
 def _model(job: JSON) -> str:

@@ -35,6 +35,14 @@ Bytes = Annotated[
         rich_help_panel=SPEC,
     ),
 ]
+Of = Annotated[
+    str | None,
+    typer.Option(
+        "--of",
+        help="What kept is a share of: parameters, or latency, the decode time measured on the worker's device.",
+        rich_help_panel=SPEC,
+    ),
+]
 Name = Annotated[str | None, typer.Option("--name", help="A name for people.", rich_help_panel=SPEC)]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16.", rich_help_panel=SPEC)]
 DatasetName = Annotated[
@@ -170,6 +178,7 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation.test": tests or ([] if flags["text"] else None),
         "budget.kept": None if flags["kept"] is None else _numbers(flags["kept"]),
         "budget.bytes": None if flags["bytes"] is None else [_bytes(size) for size in _words(flags["bytes"])],
+        "budget.of": flags["of"],
         "method.preset": flags["preset"],
         "method.metric": flags["metric"],
         "method.form": flags["form"],

@@ -498,6 +498,9 @@ def test_estimate_makes_no_job(run: Run, url: str, body: dict[str, Any], tmp_pat
     assert "disk, total" in shown.stdout
     assert json.loads(exact.stdout)["budgets"][0]["kept"] == 0.5
     assert jobs.page(limit=5) == []
+    timed = run("estimate", file, "--of", "latency")
+    assert timed.exit_code == 0
+    assert "measured by the worker" in timed.stdout
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,20 @@ def test_in_form_pivoted_every_rank_is_worth_storing_and_indices_are_bytes(
     assert answers["pivoted"]["minimum_kept"] <= answers["factored"]["minimum_kept"]
 
 
+def test_a_budget_of_latency_says_nothing_of_sizes(client: TestClient, context: Context, body: dict[str, Any]) -> None:
+    context.workers.register("w", host="h", device="cpu", pid=1, flops=1e9)
+    for preset in ("ranksearch", "dp-knapsack"):
+        spec = {**body, "budget": {"kept": [0.5, 0.001], "of": "latency"}, "method": {"preset": preset}}
+        answer = client.post("/v1/estimates", json=spec).json()
+        unknown = {"target_parameters": None, "model_parameters": None, "checkpoint_bytes": None}
+        assert answer["budgets"] == [{"kept": 0.5, **unknown}, {"kept": 0.001, **unknown}]
+        assert answer["minimum_kept"] is None
+        known = client.post("/v1/estimates", json={**spec, "budget": {"kept": [0.5, 0.4]}}).json()
+        assert all(answer["disk"][part] >= size for part, size in known["disk"].items())
+        assert all(answer["minutes"][stage] >= time for stage, time in known["minutes"].items())
+        assert client.post("/v1/jobs", json=spec).json()["spec"]["budget"]["of"] == "latency"
+
+
 def test_minutes_follow_the_fastest_living_worker(client: TestClient, context: Context, body: dict[str, Any]) -> None:
     for name, flops in (("slow", 1e9), ("fast", 1e10), ("new", None)):
         context.workers.register(name, host="h", device="cpu", pid=1, flops=flops)

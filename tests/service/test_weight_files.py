@@ -90,7 +90,7 @@ def test_a_job_in_bytes_is_stored_with_the_kept_it_comes_to(
     assert [budget["checkpoint_bytes"] for budget in found] == wanted
     headers = {"Idempotency-Key": "once"}
     job = client.post("/v1/jobs", json=spec, headers=headers).json()
-    assert job["spec"]["budget"] == {"kept": [0.5, 0.4], "bytes": wanted}
+    assert job["spec"]["budget"] == {"kept": [0.5, 0.4], "bytes": wanted, "of": "parameters"}
     assert context.jobs.get(job["id"]).spec == job["spec"]
     assert client.post("/v1/jobs", json=spec, headers=headers).json()["id"] == job["id"]
     again = client.post("/v1/jobs", json=job["spec"])  # what the server shows it also takes
