@@ -18,7 +18,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from ranksearch.search.prices import Curve
 from ranksearch.search.targets import Form, Target
 from ranksearch.worker.modules import FactoredLinear, PivotedLinear
 
-RANKS = 16  # measured, spread evenly
+RANKS, JUMPS = 16, 8  # measured, spread evenly; and then one by one where the time rises most
 TILE, TILES = 64, 32  # of a matrix product on CUDA; at most so many multiples are measured as well
 FEWEST, MOST = 7, 100  # repeats of a measurement
 CALLS = {"cpu": 8, "cuda": 64}  # of a layer in a repeat, at least
@@ -74,24 +74,28 @@ def measure_curves(
     total = sum(t.parameters for t in targets) * model.dtype.itemsize
     streamed = min(2 * _cache_bytes(device), total)
     budget = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 10.0)
-    plan = [(shape, [*_ranks(t.largest_rank(form), multiple, device), t.full_rank]) for shape, t in shapes.items()]
-    seconds, found = budget / sum(len(ranks) for _, ranks in plan), {}
+    seconds, found = budget / (len(shapes) * (RANKS + JUMPS)), {}
+    where: Any = {"device": "meta", "dtype": model.dtype}
     with _one_thread(), torch.inference_mode():
-        for done, ((m, n, bias), ranks) in enumerate(plan):
+        for done, ((m, n, bias), target) in enumerate(shapes.items(), start=1):
 
-            def make(rank: int, m: int = m, n: int = n, bias: bool = bias) -> nn.Module:
-                where: Any = {"device": "meta", "dtype": model.dtype}
-                if rank == min(m, n):
-                    return nn.Linear(n, m, bias=bias, **where)
-                return _MODULES[form](in_features=n, out_features=m, rank=rank, bias=bias or centred, **where)
+            def timed(module: nn.Module, n: int = n) -> float:
+                return _step(_copies(module, device, streamed), n, device, seconds)
 
-            times = [_step(_copies(make(rank), device, streamed), n, device, seconds) for rank in ranks]
+            def below(rank: int, m: int = m, n: int = n, bias: bool = bias or centred) -> nn.Module:
+                return _MODULES[form](in_features=n, out_features=m, rank=rank, bias=bias, **where)
+
+            times = {rank: timed(below(rank)) for rank in _ranks(target.largest_rank(form), multiple, device)}
+            for _ in range(JUMPS):
+                if (rank := jump(times, multiple)) is not None:
+                    times[rank] = timed(below(rank))
+            ranks = sorted(times)
             found[m, n, bias] = Curve(
-                ranks=tuple(ranks[:-1]),
-                times=tuple(round(PICOSECONDS * t) for t in rising(times[:-1])),
-                dense=round(PICOSECONDS * times[-1]),
+                ranks=tuple(ranks),
+                times=tuple(round(PICOSECONDS * t) for t in rising(times[rank] for rank in ranks)),
+                dense=round(PICOSECONDS * timed(nn.Linear(n, m, bias=bias, **where))),
             )
-            progress((done + 1) / len(plan))
+            progress(done / len(shapes))
     return [found[t.out_features, t.in_features, biased[t.name]] for t in targets]
 
 
@@ -104,6 +108,18 @@ def rising(values: Iterable[float]) -> list[float]:
             (second, b), (first, a) = pools.pop(), pools.pop()
             pools.append(((a * first + b * second) / (a + b), a + b))
     return [mean for mean, count in pools for _ in range(count)]
+
+
+def jump(times: Mapping[int, float], multiple: int) -> int | None:
+    """The rank in the middle of the two measured ones between which the time rises most; None if none is left.
+
+    A kernel takes over from another at some rank, and a line drawn across that would be far off.
+    """
+    pairs = [pair for pair in itertools.pairwise(sorted(times)) if pair[1] - pair[0] > multiple]
+    if not pairs:
+        return None
+    low, high = max(pairs, key=lambda pair: times[pair[1]] - times[pair[0]])
+    return low + (high - low) // (2 * multiple) * multiple
 
 
 def _ranks(largest: int, multiple: int, device: torch.device) -> list[int]:

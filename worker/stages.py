@@ -56,7 +56,7 @@ def factor(run: RunningJob, prepared: Facts, calibrated: Facts) -> dict[str, Any
 
 def _prices(run: RunningJob, prepared: Facts) -> str:
     """The file of what each rank takes to decode with, measured unless an earlier job did so on such a device."""
-    device = run.worker.device.start(run.check)
+    device = run.surviving(lambda: run.worker.device.start(run.check))
     method = run.spec.method
     fingerprint = prices_fingerprint(
         prepared,
