@@ -175,11 +175,11 @@ def _on_cpu(work: Callable[[], None]) -> float:
 
 def _on_cuda(work: Callable[[], None]) -> float:
     begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begun.record()  # type: ignore[no-untyped-call]
+    begun.record()
     work()
-    ended.record()  # type: ignore[no-untyped-call]
-    ended.synchronize()  # type: ignore[no-untyped-call]
-    return float(begun.elapsed_time(ended)) / 1000  # type: ignore[no-untyped-call]
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1000
 
 
 def _cache_bytes(device: torch.device) -> int:
