@@ -56,6 +56,20 @@ def check_budget(spec: JobSpec, space: RankSpace, kept: float) -> None:
     check_sampler(space, sampler_of(spec) or "", kept)
 
 
+def check_searches(spec: JobSpec, space: RankSpace) -> None:
+    """Refuse budgets and presets that cannot be searched; of latency only a space with prices tells.
+
+    Raises:
+        ImpossibleBudget: No rank vector meets a budget; `data` holds `kept`, `minimum_kept`.
+        InvalidInput: The preset would take more trials than a budget may have.
+    """
+    if spec.budget.of == "latency" and space.prices is None:
+        return
+    for kept in spec.budget.kept:
+        check_budget(spec, space, kept)
+    check_trials(spec, space)
+
+
 def check_trials(spec: JobSpec, space: RankSpace) -> None:
     """Refuse a preset that would measure more vectors of this model than a budget may have trials.
 

@@ -55,7 +55,7 @@ class Probes:
         shares = _TENTHS[:-1] if alone else _TENTHS
         found = np.stack([space.at_costs(share * space.dense_costs) for share in shares], axis=1)
         self._levels = [np.unique(row) for row in found]
-        if space.budget(kept) >= space.parameters:
+        if space.budget(kept) >= space.whole:
             self._levels = []  # there is nothing to find out
         every = [(i, int(rank)) for i, row in enumerate(self._levels) for rank in row]
         unchanged = [(i, rank) for i, rank in every if rank == self.base[i] and not alone]

@@ -63,7 +63,7 @@ def d_rank(space: RankSpace, kept: float, spectra: Mapping[str, Floats]) -> Rank
     """
     space.check_budget(kept)
     ranks = d_rank_ranks(space.targets, kept, spectra)
-    return proportional(space, kept, ranks * space.marginals / space.dense_costs)
+    return proportional(space, kept, ranks * space.marginals / space.dense_parameters)
 
 
 def d_rank_ranks(targets: Sequence[Target], kept: float, spectra: Mapping[str, Floats]) -> Floats:

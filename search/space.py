@@ -9,6 +9,9 @@ A target of shape `m x n` may be stored as
 A space has one of the first two forms, its ranks are multiples of `rank_multiple`, and dense is always allowed; so a
 rank names its form. The indices of form `pivoted` count as bytes, not as parameters.
 
+A space may have `prices` instead: what each rank takes to decode with, measured. A budget is then a share of that time,
+and what is said of parameters below holds of picoseconds.
+
 A budget is met *exactly from below*: a vector costs no more than the budget, and no target could be raised to its next
 allowed rank with what is left.
 """
@@ -22,12 +25,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
+from ranksearch.search.prices import Curve, from_document
 from ranksearch.search.targets import Form, Target
 
 if TYPE_CHECKING:  # the numerics run without pydantic
@@ -48,6 +52,7 @@ class RankSpace:
         rank_multiple: Ranks below full rank are multiples of this number.
         keep_dense: Shell patterns of target names that always stay dense.
         form: How targets below full rank are stored.
+        prices: Decode time of each target, where budgets are shares of it; None where they are of parameters.
 
     Raises:
         InvalidInput: There is no target, or a pattern of `keep_dense` matches none.
@@ -57,19 +62,22 @@ class RankSpace:
     rank_multiple: int = 1
     keep_dense: tuple[str, ...] = ()
     form: Form = "factored"
+    prices: tuple[Curve, ...] | None = None
 
     @classmethod
-    def of(cls, method: Method, targets: Iterable[Target]) -> RankSpace:
-        """The space that a spec's method allows for these targets.
+    def of(cls, method: Method, targets: Iterable[Target], prices: Mapping[str, Any] | None = None) -> RankSpace:
+        """The space that a spec's method allows for these targets, with the document of their prices if there is one.
 
         Raises:
             InvalidInput: There is no target, or a pattern of `keep_dense` matches none.
         """
+        targets = tuple(targets)
         return cls(
-            targets=tuple(targets),
+            targets=targets,
             rank_multiple=method.rank_multiple,
             keep_dense=tuple(method.keep_dense),
             form=method.form,
+            prices=from_document(prices, (t.name for t in targets)) if prices else None,
         )
 
     def __post_init__(self) -> None:
@@ -83,9 +91,27 @@ class RankSpace:
                 )
 
     @cached_property
-    def dense_costs(self) -> Ranks:
+    def dense_parameters(self) -> Ranks:
         """Parameters of each dense target, m n; `(targets,)`."""
         return np.array([t.parameters for t in self.targets], dtype=np.int64)
+
+    @cached_property
+    def dense_costs(self) -> Ranks:
+        """What each dense target costs; `(targets,)`."""
+        return self.dense_parameters if self.prices is None else np.array([t[-1] for t in self._tables])
+
+    @cached_property
+    def _tables(self) -> list[Ranks]:
+        """The price of each rank of each target."""
+        made: dict[tuple[Curve, int], Ranks] = {}
+        for key in zip(self.prices or (), self.full_ranks.tolist(), strict=True):
+            made.setdefault(key, key[0].table(key[1]))
+        return [made[key] for key in zip(self.prices or (), self.full_ranks.tolist(), strict=True)]
+
+    @cached_property
+    def _flat_tables(self) -> tuple[Ranks, Ranks]:
+        """The tables one after the other, and where each begins."""
+        return np.concatenate(self._tables), np.cumsum(self.full_ranks + 1) - self.full_ranks - 1
 
     @cached_property
     def marginals(self) -> Ranks:
@@ -102,6 +128,9 @@ class RankSpace:
         """The largest allowed rank of each target below dense; its full rank where there is none; `(targets,)`."""
         multiple = self.rank_multiple
         top = [t.largest_rank(self.form) // multiple * multiple for t in self.targets]
+        if self.prices is not None:  # a rank that takes as long as dense is of no use
+            faster = [int(np.searchsorted(t[1:-1], t[-1])) // multiple * multiple for t in self._tables]
+            top = [min(pair) for pair in zip(top, faster, strict=True)]
         fixed = [any(fnmatchcase(t.name, p) for p in self.keep_dense) for t in self.targets]
         free = [rank > 0 and not f for rank, f in zip(top, fixed, strict=True)]
         return np.where(free, top, self.full_ranks).astype(np.int64)
@@ -114,20 +143,37 @@ class RankSpace:
     @property
     def parameters(self) -> int:
         """Parameters of all targets together, dense."""
+        return int(self.dense_parameters.sum())
+
+    @property
+    def whole(self) -> int:
+        """What all targets cost together, dense: what a budget is a share of."""
         return int(self.dense_costs.sum())
 
     @property
     def minimum(self) -> int:
-        """Parameters of the smallest vector."""
+        """What the smallest vector costs."""
         return self.cost(self.low_ranks)
 
     def costs(self, ranks: Ranks) -> Ranks:
-        """Kept parameters of each target; `(..., targets)` like `ranks`."""
-        return np.where(ranks >= self.full_ranks, self.dense_costs, self._below(ranks, self.marginals))
+        """What each target costs: its parameters, or its price; `(..., targets)` like `ranks`."""
+        if self.prices is None:
+            return self.parameters_of(ranks)
+        tables, starts = self._flat_tables
+        return np.asarray(tables[starts + np.minimum(ranks, self.full_ranks)])
+
+    def parameters_of(self, ranks: Ranks) -> Ranks:
+        """Kept parameters of each target, whatever a budget counts; `(..., targets)` like `ranks`.
+
+        That is m n for a dense target, r (m + n) for a factored one, r (m + n - r) for a pivoted one.
+        """
+        return np.where(ranks >= self.full_ranks, self.dense_parameters, self._below(ranks, self.marginals))
 
     def costs_of(self, index: int, ranks: Ranks) -> Ranks:
-        """Kept parameters of one target at several ranks; shaped like `ranks`."""
+        """What one target costs at several ranks; shaped like `ranks`."""
         target = self.targets[index]
+        if self.prices is not None:
+            return np.asarray(self._tables[index][np.minimum(ranks, target.full_rank)])
         return np.where(ranks >= target.full_rank, target.parameters, self._below(ranks, target.marginal))
 
     def _below(self, ranks: Ranks, sides: Ranks | int) -> Ranks:
@@ -135,16 +181,16 @@ class RankSpace:
         return ranks * (sides - ranks) if self.form == "pivoted" else ranks * sides
 
     def cost(self, ranks: Ranks) -> int:
-        """Kept parameters: m n for a dense target, r (m + n) for a factored one, r (m + n - r) for a pivoted one."""
+        """What a vector costs."""
         return int(self.costs(ranks).sum())
 
     def kept(self, ranks: Ranks) -> float:
-        """Kept parameters / original parameters."""
-        return self.cost(ranks) / self.parameters
+        """What a vector costs / what the dense targets cost."""
+        return self.cost(ranks) / self.whole
 
     def budget(self, kept: float) -> int:
-        """The parameters a vector may keep, floor(kept * parameters), with `kept` read as a decimal number."""
-        return math.floor(Fraction(repr(float(kept))) * self.parameters)
+        """What a vector may cost, floor(kept * whole), with `kept` read as a decimal number."""
+        return math.floor(Fraction(repr(float(kept))) * self.whole)
 
     def check_budget(self, kept: float) -> None:
         """Refuse a budget that no vector meets.
@@ -161,8 +207,8 @@ class RankSpace:
         if self.budget(kept) < self.minimum:
             raise ImpossibleBudget(
                 f"kept {kept:g} cannot be reached: the smallest allowed ranks (rank_multiple {self.rank_multiple}, "
-                f"{len(self.keep_dense)} keep_dense patterns) already keep {self.minimum / self.parameters:.4g} of the "
-                f"targets' parameters; ask for kept >= {least:g}.",
+                f"{len(self.keep_dense)} keep_dense patterns) already keep {self.minimum / self.whole:.4g} of the "
+                f"targets' {'parameters' if self.prices is None else 'decode time'}; ask for kept >= {least:g}.",
                 kept=kept,
                 minimum_kept=least,
             )
@@ -170,7 +216,7 @@ class RankSpace:
     @property
     def minimum_kept(self) -> float:
         """The smallest `kept` that works, rounded up to 3 significant digits."""
-        exact = Fraction(self.minimum, self.parameters)
+        exact = Fraction(self.minimum, self.whole)
         scale = 10 ** (3 - math.floor(math.log10(exact)) - 1)
         return min(float(Fraction(math.ceil(exact * scale), scale)), 1.0)
 
@@ -200,10 +246,13 @@ class RankSpace:
         return np.where(ranks <= self.low_ranks, self.low_ranks, lower)
 
     def at_costs(self, costs: Floats) -> Ranks:
-        """The largest allowed ranks that cost at most so many parameters each, or the smallest ones; `(targets,)`.
+        """The largest allowed ranks that cost at most so much each, or the smallest ones; `(targets,)`.
 
-        That is costs / (m + n) for form `factored`, and the smaller root of r (m + n - r) = costs for `pivoted`.
+        In parameters that is costs / (m + n) for form `factored`, and the smaller root of r (m + n - r) = costs for
+        `pivoted`.
         """
+        if self.prices is not None:
+            return self._at_prices(costs)
         per_rank = self.marginals.astype(np.float64)
         if self.form == "pivoted":
             per_rank = (per_rank + np.sqrt(np.maximum(per_rank**2 - 4 * costs, 0.0))) / 2
@@ -212,6 +261,11 @@ class RankSpace:
         # dense comes after the largest rank, and a root is not exact to the last digit
         following = self.next_ranks(ranks)
         return np.where(self.costs(following) <= costs, following, ranks)
+
+    def _at_prices(self, costs: Floats) -> Ranks:
+        affordable = [np.searchsorted(t[:-1], c, side="right") - 1 for t, c in zip(self._tables, costs, strict=True)]
+        ranks = np.clip(np.array(affordable) // self.rank_multiple * self.rank_multiple, self.low_ranks, self.top_ranks)
+        return np.where(costs >= self.dense_costs, self.full_ranks, ranks)
 
     def as_dict(self, ranks: Ranks) -> dict[str, int]:
         """Target name -> rank."""
@@ -273,7 +327,7 @@ def fill(space: RankSpace, ranks: Ranks, kept: float, value: Callable[[Ranks], F
 
 
 def proportional(space: RankSpace, kept: float, shares: Floats) -> Ranks:
-    """Targets at `level * shares` of their parameters each, dense from 1 on, with the budget used exactly from below.
+    """Targets at `level * shares` of their dense costs each, dense from 1 on, with the budget used exactly from below.
 
     The level is the highest one at which the vector of the largest ranks that cost no more fits; what is left then
     raises the targets that were rounded down most.
@@ -288,7 +342,7 @@ def proportional(space: RankSpace, kept: float, shares: Floats) -> Ranks:
     """
     space.check_budget(kept)
     budget = space.budget(kept)
-    if space.parameters <= budget:
+    if space.whole <= budget:
         return space.full_ranks.copy()
     wanted = shares * space.dense_costs
     low, high = 0.0, float(1 / shares.min())

@@ -100,16 +100,37 @@ class Evaluation(_Part):
 
 
 class Budget(_Part):
-    """One study and one checkpoint for each value."""
+    """One study and one checkpoint for each value.
 
-    kept: Annotated[list[Kept], Field(min_length=1, max_length=32)]
+    A user names `kept` or `bytes`; the server adds the `kept` that bytes come to.
+    """
 
-    @field_validator("kept")
+    kept: Annotated[list[Kept], Field(min_length=1, max_length=32)] = Field(default_factory=list)
+    bytes: Annotated[list[Positive], Field(min_length=1, max_length=32)] | None = Field(
+        None, description="In place of kept: the most that weight files may take, in `export.dtype`."
+    )
+
+    of: Literal["parameters", "latency"] = Field(
+        "parameters",
+        description="What kept is a share of: the targets' parameters, or the time they take to decode a token, "
+        "measured on the worker's device.",
+    )
+
+    @field_validator("kept", "bytes")
     @classmethod
-    def _distinct(cls, kept: list[float]) -> list[float]:
-        if len({f"{k:g}" for k in kept}) != len(kept):
+    def _distinct(cls, budgets: list[float] | list[int] | None) -> list[float] | list[int] | None:
+        names = [b if isinstance(b, int) else budget_label(b) for b in budgets or ()]
+        if len(set(names)) != len(names):
             raise ValueError("each budget may be named once")
-        return kept
+        return budgets
+
+    @model_validator(mode="after")
+    def _named(self) -> Budget:
+        if not self.kept and self.bytes is None:
+            raise ValueError("name a budget: kept, a share of the parameters, or bytes")
+        if self.bytes is not None and self.of != "parameters":
+            raise ValueError("bytes are of parameters; leave budget.of out")
+        return self
 
 
 class Method(_Part):
@@ -254,6 +275,13 @@ class JobSpec(_Part):
     search: Search = Field(default_factory=Search, validate_default=True)
     export: Export = Field(default_factory=Export)
     webhook: None = Field(None, description="Not available yet.")
+
+    @field_validator("method")
+    @classmethod
+    def _can_be_timed(cls, method: Method, info: ValidationInfo) -> Method:
+        if "soco" in method.steps and "budget" in info.data and info.data["budget"].of == "latency":
+            raise ValueError("soco counts parameters; leave budget.of out, or do without soco")
+        return method
 
     @field_validator("search")
     @classmethod

@@ -27,6 +27,7 @@ from ranksearch.search.draw import POINT, Draw, stable
 from ranksearch.search.gradients import GRADIENTS, MEASURED, Bands, bands, pack_gradients
 from ranksearch.search.objective import METRICS
 from ranksearch.search.presets import PRESETS, PROBE
+from ranksearch.search.prices import as_document
 from ranksearch.search.proposer import Proposer
 from ranksearch.search.pruner import LOSSES, is_worse, pack_losses, unpack_losses
 from ranksearch.search.siblings import EARLIER, check_targets, finished_at_first
@@ -353,4 +354,6 @@ class RankStudy:
             "keep_dense": list(self.space.keep_dense),
             "form": self.space.form,
         }
+        if self.space.prices is not None:
+            table["prices"] = as_document([target.name for target in self.space.targets], self.space.prices)
         self._storage.set_study_system_attr(self._study_id, SPACE, json.loads(json.dumps(table)))

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ranksearch.search.coordinates import RANKS
 from ranksearch.search.objective import METRICS, score_of
 from ranksearch.search.presets import PROBE
+from ranksearch.search.prices import from_document
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import budget_label
 from ranksearch.search.targets import Target
@@ -68,6 +69,7 @@ def space_of_study(storage: BaseStorage, study_id: int) -> RankSpace | None:
         rank_multiple=table["rank_multiple"],
         keep_dense=tuple(table["keep_dense"]),
         form=table.get("form", "factored"),  # studies older than the choice of a form
+        prices=from_document(table["prices"], (t.name for t in targets)) if "prices" in table else None,
     )
 
 

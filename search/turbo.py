@@ -50,7 +50,7 @@ class Turbo:
     def __init__(self, space: RankSpace, kept: float, seed: int) -> None:
         """Set what a proposal depends on besides the trials."""
         self._space, self._kept, self._seed = space, kept, seed
-        self._weights = torch.as_tensor(space.dense_costs / space.parameters)
+        self._weights = torch.as_tensor(space.dense_costs / space.whole)
 
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Draw:
         """The candidate that a draw from the posterior likes best, or any while there is too little to learn from."""

@@ -19,7 +19,7 @@ from ranksearch.search.trials import may_be_best
 FORMS: Final[tuple[str, ...]] = get_args(Form)
 STEPS: Final[tuple[str, ...]] = get_args(Step)
 #: What the jobs of one method may differ in, and what its name says already.
-APART: Final = ("name", "budget.kept", "search.seed", "calibration.seed")
+APART: Final = ("name", "budget.kept", "budget.bytes", "search.seed", "calibration.seed")
 NAMED: Final = ("method.preset", "method.form", "method.refine")
 
 Row = dict[str, Any]
@@ -44,7 +44,9 @@ def contenders(
     for name in methods:
         spec = _with_method(base, name)
         if kept is not None:
-            spec["budget"] = {"kept": list(kept)}
+            named = spec.get("budget")
+            measure = {"of": named["of"]} if isinstance(named, dict) and "of" in named else {}
+            spec["budget"] = {**measure, "kept": list(kept)}
         for seed in seeds or [spec["search"].get("seed", 0)]:
             document = {**spec, "search": {**spec["search"], "seed": seed}}
             same = names.setdefault(_checked(name, document).model_dump_json(exclude={"name"}), name)

@@ -9,17 +9,17 @@ from typing import Final
 import numpy as np
 from pydantic import BaseModel, Field
 
+from ranksearch.search.errors import ImpossibleBudget, InvalidInput
 from ranksearch.search.gradients import MEASURED
 from ranksearch.search.plan import check_budget, check_trials, sampled_space, sampler_of
 from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.search.targets import Target
-from ranksearch.service.models import BYTES_PER_ELEMENT, Tensors, find_targets
+from ranksearch.service.models import Tensors, find_targets
 from ranksearch.service.problems import at
+from ranksearch.service.weight_files import WeightFiles, width_of
 
-_WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-_INDEX_BYTES: Final = 4  # of each row of a target in form `pivoted`
 _TRIAL_TOKENS_AT_ONCE: Final = 4096
 _MOMENTS_AT_ONCE: Final = 4 << 30  # bytes; more are collected section by section
 _SVD_OPERATIONS: Final = 25  # of one m x n decomposition, in units of m n min(m, n): two eigendecompositions and an SVD
@@ -43,12 +43,12 @@ class TargetKind(BaseModel):
 
 
 class BudgetEstimate(BaseModel):
-    """What one budget leaves."""
+    """What one budget leaves; a budget of latency says nothing of sizes before a worker has measured."""
 
     kept: float
-    target_parameters: int
-    model_parameters: int
-    checkpoint_bytes: int
+    target_parameters: int | None
+    model_parameters: int | None
+    checkpoint_bytes: int | None = Field(description="Of the weight files.")
 
 
 class Memory(BaseModel):
@@ -74,7 +74,9 @@ class Estimate(BaseModel):
 
     parameters: Parameters
     model_bytes: int
-    minimum_kept: float = Field(description="The smallest budget that can be asked for.")
+    minimum_kept: float | None = Field(
+        description="The smallest budget that can be asked for; null for budgets of latency, as it is to be measured."
+    )
     break_even: list[TargetKind]
     budgets: list[BudgetEstimate]
     memory: Memory
@@ -102,6 +104,8 @@ def check_budgets(spec: JobSpec, space: RankSpace) -> None:
         ImpossibleBudget: No rank vector meets one of them.
         InvalidInput: The preset would take more trials than a budget may have.
     """
+    if spec.budget.of == "latency":
+        return  # only a worker that has measured can tell
     for place, kept in enumerate(spec.budget.kept):
         with at(f"/budget/kept/{place}"):
             check_budget(spec, space, kept)
@@ -109,21 +113,65 @@ def check_budgets(spec: JobSpec, space: RankSpace) -> None:
         check_trials(spec, space)
 
 
+def with_kept(spec: JobSpec, tensors: Tensors) -> JobSpec:
+    """The spec with the `kept` that its budgets in bytes come to; a spec that names none as it is.
+
+    Each is the largest whose weight files fit, rounded down to `DIGITS` digits.
+
+    Raises:
+        ImpossibleBudget: No rank vector is as small; `data` holds `bytes`, `minimum_bytes`.
+        InvalidInput: The model fits as it is, two budgets come to the same, or another `kept` was named as well.
+        UnsupportedModel: Nothing to compress.
+    """
+    if spec.budget.bytes is None:
+        return spec
+    space, kept = rank_space(spec, tensors), list[float]()
+    files, smallest = WeightFiles.of(spec, space, tensors), sampled_space(space, sampler_of(spec) or "")
+    for place, most in enumerate(spec.budget.bytes):
+        with at(f"/budget/bytes/{place}"):
+            share = files.kept(most)
+            if share >= 1:
+                raise InvalidInput(
+                    f"the model takes {files.dense} bytes as it is, so {most} bytes need nothing compressed; ask for "
+                    "fewer",
+                    dense_bytes=files.dense,
+                )
+            if space.budget(share) < smallest.minimum:
+                least = files.bytes(smallest.minimum_kept)
+                raise ImpossibleBudget(
+                    f"{most} bytes cannot be reached: the smallest allowed ranks take up to {least}; ask for bytes >= "
+                    f"{least}",
+                    bytes=most,
+                    minimum_bytes=least,
+                )
+            if share in kept:
+                other = spec.budget.bytes[kept.index(share)]
+                raise InvalidInput(f"{most} and {other} bytes both come to kept {share:g}; name one of them")
+            kept.append(share)
+    if spec.budget.kept not in ([], kept):
+        with at("/budget/kept"):
+            raise InvalidInput("name kept or bytes, not both")
+    return spec.model_copy(update={"budget": spec.budget.model_copy(update={"kept": kept})})
+
+
 def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
     """Everything at once; `flops` is the speed of the fastest worker, operations per second."""
+    spec = with_kept(spec, tensors)
     space = rank_space(spec, tensors)
     check_budgets(spec, space)
     model = sum(tensor.parameters for tensor in tensors.values())
     stored = sum(tensor.size for tensor in tensors.values())
-    width = _WIDTH.get(spec.model.dtype) or max(
-        (BYTES_PER_ELEMENT[t.dtype] for t in tensors.values() if t.dtype in BYTES_PER_ELEMENT), default=2
-    )
-    budgets = [_budget(kept, spec, space, model, width) for kept in spec.budget.kept]
-    memory, disk = _memory(spec, space, model, width), _disk(spec, space, budgets, width)
+    width, files = width_of(spec.model.dtype, tensors), WeightFiles.of(spec, space, tensors)
+    timed = spec.budget.of == "latency"
+    budgets = [_budget(kept, space, model, files) for kept in spec.budget.kept]
+    if timed:
+        unknown = {"target_parameters": None, "model_parameters": None, "checkpoint_bytes": None}
+        budgets = [budget.model_copy(update=unknown) for budget in budgets]
+    memory, disk = _memory(spec, space, model, width), _disk(spec, space, files, width)
     return Estimate(
         parameters=Parameters(model=model, targets=space.parameters),
         model_bytes=stored,
-        minimum_kept=sampled_space(space, sampler_of(spec) or "").minimum_kept,
+        minimum_kept=None if timed else sampled_space(space, sampler_of(spec) or "").minimum_kept,
         break_even=_break_even(space),
         budgets=budgets,
         memory=memory,
@@ -132,16 +180,13 @@ def estimate(spec: JobSpec, tensors: Tensors, flops: float | None) -> Estimate:
     )
 
 
-def _budget(kept: float, spec: JobSpec, space: RankSpace, model: int, width: int) -> BudgetEstimate:
+def _budget(kept: float, space: RankSpace, model: int, files: WeightFiles) -> BudgetEstimate:
     targets = space.budget(kept)
-    remaining = model - space.parameters + targets
-    written = _WIDTH.get(spec.export.dtype, width)
-    indices = _INDEX_BYTES * sum(t.out_features for t in space.targets) if space.form == "pivoted" else 0
     return BudgetEstimate(
         kept=kept,
         target_parameters=targets,
-        model_parameters=remaining,
-        checkpoint_bytes=remaining * written + indices,
+        model_parameters=model - space.parameters + targets,
+        checkpoint_bytes=files.bytes(kept),
     )
 
 
@@ -188,16 +233,21 @@ def _memory(spec: JobSpec, space: RankSpace, model: int, width: int) -> Memory:
     return Memory(model_bytes=weights, calibrate_bytes=calibrate, factor_bytes=factor, trial_bytes=trial)
 
 
-def _disk(spec: JobSpec, space: RankSpace, budgets: Sequence[BudgetEstimate], width: int) -> Disk:
+def _disk(spec: JobSpec, space: RankSpace, files: WeightFiles, width: int) -> Disk:
     calibration = 4 * _moment_numbers(spec, space.targets)
     bank = width * _bank_numbers(spec, space.targets)
-    checkpoints = sum(budget.checkpoint_bytes for budget in budgets)
+    checkpoints = sum(files.bytes(kept) for kept in _at_most(spec))
     return Disk(
         calibration_bytes=calibration,
         factor_bank_bytes=bank,
         checkpoints_bytes=checkpoints,
         total_bytes=calibration + bank + checkpoints,
     )
+
+
+def _at_most(spec: JobSpec, whole: float = 1.0) -> list[float]:
+    """The share of the parameters that each budget keeps; `whole` for budgets of latency, which do not say."""
+    return [whole if spec.budget.of == "latency" else kept for kept in spec.budget.kept]
 
 
 def _multiplied(space: RankSpace, kept: float) -> int:
@@ -210,8 +260,9 @@ def _multiplied(space: RankSpace, kept: float) -> int:
 
 def _searched(spec: JobSpec, space: RankSpace, model: int) -> int:
     """Parameters that the trials of all budgets multiply a token with."""
-    trial = [model - space.parameters + _multiplied(space, kept) for kept in spec.budget.kept]
-    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in spec.budget.kept]
+    trial = [model - space.parameters + _multiplied(space, kept) for kept in _at_most(spec)]
+    # where only measuring tells which vectors are probed, it is as many as at the largest budget of parameters
+    trials = [planned_trials(spec.method.preset, spec.search.trials, space, kept) for kept in _at_most(spec, 0.99)]
     if spec.method.preset == "asvd":
         # a probe leaves all targets but one dense, and serves every budget
         return (max(trials) - 1) * model + sum(trial)

@@ -56,8 +56,8 @@ def shares_by_layer(space: RankSpace, ranks: Ranks) -> tuple[list[str], Floats]:
     shape = (len(kinds), 1 + max(target.depth for target in space.targets))
     at = ([kinds.index(target.kind) for target in space.targets], [target.depth for target in space.targets])
     kept, dense = np.zeros(shape), np.zeros(shape)
-    np.add.at(kept, at, space.costs(ranks))
-    np.add.at(dense, at, space.dense_costs)
+    np.add.at(kept, at, space.parameters_of(ranks))
+    np.add.at(dense, at, space.dense_parameters)
     return kinds, np.divide(kept, dense, out=np.full(shape, np.nan), where=dense > 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from ranksearch.search.errors import InvalidInput, JobNotFound, UnsafeModel
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.context import Context
-from ranksearch.service.estimate import check_budgets, rank_space
+from ranksearch.service.estimate import check_budgets, rank_space, with_kept
 from ranksearch.service.models import HubUnreachable, read_model
 from ranksearch.service.problems import at
 from ranksearch.service.store import tables
@@ -35,14 +34,28 @@ class KeyReused(InvalidInput):
     code = "idempotency_key_reused"
 
 
-def check(spec: JobSpec, settings: Settings) -> None:
-    """Refuse what cannot work; the error names the field and the way out."""
+def check(spec: JobSpec, settings: Settings) -> JobSpec:
+    """Refuse what cannot work; the error names the field and the way out.
+
+    Returns:
+        The spec, with the `kept` that budgets in bytes come to.
+    """
     check_consent(spec, settings)
     check_datasets(spec, settings)
-    with contextlib.suppress(HubUnreachable):
+    try:
         with at("/model/source"):
             tensors = read_model(spec, settings)
-        check_budgets(spec, rank_space(spec, tensors))
+    except HubUnreachable:
+        if spec.budget.bytes is None:
+            return spec
+        with at("/budget/bytes"):
+            raise InvalidInput(
+                f"this server cannot see how large {spec.model.source} is, so it cannot tell what fits into so many "
+                "bytes; name kept instead, or a local folder"
+            ) from None
+    spec = with_kept(spec, tensors)
+    check_budgets(spec, rank_space(spec, tensors))
+    return spec
 
 
 def check_consent(spec: JobSpec, settings: Settings) -> None:
@@ -95,7 +108,7 @@ def submit(context: Context, spec: JobSpec, *, owner: str, key: str | None, show
     digest = hashlib.sha256(json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
     if key is not None and (earlier := _earlier(context, owner, key, digest)) is not None:
         return earlier
-    check(spec, context.settings)
+    spec = check(spec, context.settings)
     check_learn_from(spec, context.jobs)
     try:
         return _create(context, spec, owner, key, digest, show)

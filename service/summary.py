@@ -83,11 +83,12 @@ def _excess(excess: Excess | None) -> str:
 def budget_line(budget: dict[str, Any]) -> str:
     """Sizes and speed of one budget's checkpoint, before and after."""
     parameters, held, speed = budget["parameters"], budget["bytes"], budget.get("speed") or {}
+    asked = f" of at most {size(held['asked'])}" if "asked" in held else ""
     lines = [
         f"kept {budget_label(budget['kept'])}",
         f"  parameters  targets {count(parameters['targets'])} of {count(parameters['targets_dense'])}"
         f" (kept {budget['kept_exact']:.4f}), model {count(parameters['model'])} of {count(parameters['model_dense'])}",
-        f"  disk        {size(held['disk'])}, dense {size(held['disk_dense'])}",
+        f"  disk        {size(held['disk'])}{asked}, dense {size(held['disk_dense'])}",
         f"  loaded      {size(held['loaded'])}, dense {size(held['loaded_dense'])}",
     ]
     before, after = speed.get("before") or {}, speed.get("after") or {}
@@ -101,6 +102,11 @@ def budget_line(budget: dict[str, Any]) -> str:
     if len(points := budget.get("pareto_front") or ()) > 1:
         listed = (f"trial {p['number']} {number(p['perplexity'])} {number(p['kl'], 4)}" for p in points)
         lines.append(f"  pareto      {len(points)} trials, perplexity and KL: {', '.join(listed)}")
+    if timed := speed.get("targets"):
+        share = timed["seconds"] / timed["dense_seconds"]
+        lines.append(
+            f"  targets     {1e6 * timed['seconds']:,.1f} us/token, {share:.4f} of dense, by the table of ranks"
+        )
     return "\n".join(lines)
 
 
@@ -120,7 +126,9 @@ def print_estimate(console: Console, answer: dict[str, Any]) -> None:
     parameters = answer["parameters"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{count(parameters['model'])} parameters, {size(answer['model_bytes'])}")
-    facts.add_row("targets", f"{count(parameters['targets'])} parameters, kept {answer['minimum_kept']:.4g} or more")
+    least = answer["minimum_kept"]
+    known = "the least kept is measured by the worker" if least is None else f"kept {least:.4g} or more"
+    facts.add_row("targets", f"{count(parameters['targets'])} parameters, {known}")
     for part, unit in (("memory", size), ("disk", size), ("minutes", lambda minutes: duration(60 * minutes))):
         for name, value in (answer[part] or {}).items():
             facts.add_row(f"{'time' if part == 'minutes' else part}, {_words(name)}", unit(value))
@@ -147,7 +155,7 @@ def _figure(name: str, value: Any) -> str:
         return size(value)
     if name == "kept":
         return budget_label(value)
-    return count(value) if isinstance(value, int) else str(value)
+    return str(value) if isinstance(value, str) else count(value)
 
 
 def _words(name: str) -> str:

@@ -123,6 +123,9 @@ class Progress:
     def _on_calibration_cache_hit(self, _data: JSON, _time: datetime | None) -> str:
         return "calibration: an earlier job made the same one, it is used again"
 
+    def _on_prices_cache_hit(self, _data: JSON, _time: datetime | None) -> str:
+        return "decode times: an earlier job measured the same shapes on such a device, its figures are used again"
+
     def _on_bank_cache_hit(self, _data: JSON, _time: datetime | None) -> str:
         return "factor bank: an earlier job made the same one, it is used again"
 

@@ -10,6 +10,7 @@ from typing import Any
 #: Raise one when its algorithm gives other results than before: what was stored under the old number is not found then.
 CALIBRATION_VERSION = 3
 BANK_VERSION = 2
+PRICES_VERSION = 1
 
 
 def content_hash(content: bytes) -> str:
@@ -57,6 +58,32 @@ def bank_fingerprint(prepared: Mapping[str, Any], *, calibration: str | None, me
         calibration=calibration,
         metric=metric,
         full=full,
+    )
+
+
+def prices_fingerprint(
+    prepared: Mapping[str, Any], *, form: str, multiple: int, centred: bool, device: str, torch: str
+) -> str:
+    """Of all that decides how long targets take: their shapes and biases, how they are stored, and what runs them.
+
+    Args:
+        prepared: Facts of the prepare stage.
+        form: How targets below full rank are stored.
+        multiple: Ranks are multiples of it.
+        centred: Whether compressed targets have biases of their own.
+        device: Product name of the device.
+        torch: Version of torch.
+    """
+    return _of(
+        version=PRICES_VERSION,
+        targets=prepared["targets"],
+        biased=prepared["biased"],
+        dtype=prepared["dtype"],
+        form=form,
+        multiple=multiple,
+        centred=centred,
+        device=device,
+        torch=torch,
     )
 
 

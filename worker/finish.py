@@ -53,7 +53,7 @@ def finish(
         scores=proof["scores"],
         against=proof["against"],
         parameters=proof["parameters"],
-        bytes=proof["bytes"],
+        bytes={**proof["bytes"], **_asked(run, kept)},
         speed=proof["speed"],
         seconds={**seconds, "finish": round(time.monotonic() - begun, 3)},
         history=[{key: row[key] for key in _HISTORY} for row in trials],
@@ -97,6 +97,12 @@ def _error(failed: Mapping[float, Facts], finished: Mapping[float, Facts]) -> di
     error = next(iter(failed.values()))
     said = f"kept {lost} failed: {error['message']} Report and checkpoints are there for kept {there}."
     return {**error, "message": said}
+
+
+def _asked(run: RunningJob, kept: float) -> dict[str, int]:
+    """The bytes that a budget stands for, where the user named bytes."""
+    budget = run.spec.budget
+    return {} if budget.bytes is None else {"asked": budget.bytes[budget.kept.index(kept)]}
 
 
 def _refine(run: RunningJob, ranks: dict[str, int], kept: float) -> dict[str, Any] | None:

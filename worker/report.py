@@ -89,8 +89,8 @@ def build_budget(
         facts: What factoring says about each target (damping, effective rank, tokens, ...).
         scores: Row (dense, uniform, prior, best, final) to `evaluation` and `test` scores.
         parameters: `targets`, `targets_dense`, `model`, `model_dense`.
-        bytes: `disk`, `disk_dense`, `loaded`, `loaded_dense`.
-        speed: `device`, `before`, `after`.
+        bytes: `disk`, `disk_dense`, `loaded`, `loaded_dense`; and `asked`, the most that disk may be, if it was named.
+        speed: `device`, `before`, `after`; where the space has prices, `targets` is added, what they say.
         seconds: Of each stage.
         history: The trials.
         pareto_front: Of a search for both perplexity and KL; `number`, `perplexity` and `kl` of each of its trials.
@@ -100,7 +100,7 @@ def build_budget(
     document: dict[str, Any] = _plain(
         {
             "kept": kept,
-            "kept_exact": space.kept(space.from_dict(dict(ranks))),
+            "kept_exact": int(space.parameters_of(space.from_dict(dict(ranks))).sum()) / space.parameters,
             "targets": {
                 target.name: {
                     **facts.get(target.name, {}),
@@ -117,7 +117,7 @@ def build_budget(
             "against": against or {},
             "parameters": parameters,
             "bytes": bytes,
-            "speed": speed,
+            "speed": {**speed, **_timed(space, ranks)},
             "seconds": seconds,
             "history": history,
             "pareto_front": pareto_front,
@@ -125,6 +125,14 @@ def build_budget(
         }
     )
     return document
+
+
+def _timed(space: RankSpace, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """What the targets take to decode a token by the prices of the space, dense and at these ranks, s."""
+    if space.prices is None:
+        return {}
+    seconds = {"dense_seconds": space.whole, "seconds": space.cost(space.from_dict(dict(ranks)))}
+    return {"targets": {name: picoseconds / 1e12 for name, picoseconds in seconds.items()}}
 
 
 def libraries() -> dict[str, str]:
@@ -176,7 +184,7 @@ def model_card(
         [
             *_front_matter(None if local else source, source_card),
             "",
-            f"# {name}, {budget_label(budget['kept'])} of its parameters kept",
+            f"# {name}, {budget_label(budget['kept'])} of its {_measure(spec)} kept",
             "",
             f"Low-rank version of `{name}` made by ranksearch: the weight matrices of its decoder blocks keep "
             f"{budget['kept_exact']:.4f} of their parameters, most of them at a lower rank (form "
@@ -188,6 +196,10 @@ def model_card(
             *_origin(report, budget),
         ]
     )
+
+
+def _measure(spec: Mapping[str, Any]) -> str:
+    return "decode time" if spec["budget"].get("of") == "latency" else "parameters"
 
 
 def _front_matter(base: str | None, source_card: str | None) -> list[str]:
@@ -297,7 +309,7 @@ def _sizes(budget: Mapping[str, Any]) -> list[str]:
         "|---|---:|---:|",
         f"| parameters of the compressed matrices | {parameters['targets_dense']:,} | {parameters['targets']:,} |",
         f"| parameters of the model | {parameters['model_dense']:,} | {parameters['model']:,} |",
-        f"| weights on disk, bytes | {held['disk_dense']:,} | {held['disk']:,} |",
+        f"| weights on disk, bytes | {held['disk_dense']:,} | {held['disk']:,}{_asked(held)} |",
         f"| weights in memory, bytes | {held['loaded_dense']:,} | {held['loaded']:,} |",
     ]
     for key, words in (
@@ -307,10 +319,17 @@ def _sizes(budget: Mapping[str, Any]) -> list[str]:
     ):
         if key in before and key in after:
             lines.append(f"| {words} | {_number(before[key], 0)} | {_number(after[key], 0)} |")
+    if timed := speed.get("targets"):
+        cells = (f"{1e6 * timed[key]:,.1f}" for key in ("dense_seconds", "seconds"))
+        lines.append(f"| compressed matrices by the table of ranks, us/token | {' | '.join(cells)} |")
     if before:
         length = f"prompt of {before['prompt_tokens']} tokens" if "prompt_tokens" in before else "one prompt"
         lines += ["", f"Speed: one sequence, {length}, both models on the same {_cell(speed.get('device', 'device'))}."]
     return [*lines, ""]
+
+
+def _asked(held: Mapping[str, int]) -> str:
+    return f" of at most {held['asked']:,}" if "asked" in held else ""
 
 
 def _origin(report: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:

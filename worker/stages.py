@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from ranksearch.search.plan import check_searches
+from ranksearch.search.prices import read_prices
 from ranksearch.search.space import RankSpace
 from ranksearch.search.targets import Target
-from ranksearch.worker.fingerprints import bank_fingerprint, calibration_fingerprint
+from ranksearch.worker.fingerprints import bank_fingerprint, calibration_fingerprint, prices_fingerprint
 from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.running_job import RunningJob
 
@@ -48,7 +50,30 @@ def factor(run: RunningJob, prepared: Facts, calibrated: Facts) -> dict[str, Any
     """Factor every target, unless an earlier job did so in the same metric."""
     fingerprint = _bank_fingerprint(run, prepared, calibrated["fingerprint"])
     path, hit = _made_once(run, "bank", fingerprint, "factor")
-    return {"fingerprint": fingerprint, "bank": path.name, "cache_hit": hit}
+    facts = {"fingerprint": fingerprint, "bank": path.name, "cache_hit": hit}
+    return facts if run.spec.budget.of == "parameters" else {**facts, "prices": _prices(run, prepared)}
+
+
+def _prices(run: RunningJob, prepared: Facts) -> str:
+    """The file of what each rank takes to decode with, measured unless an earlier job did so on such a device."""
+    device = run.surviving(lambda: run.worker.device.start(run.check))
+    method = run.spec.method
+    fingerprint = prices_fingerprint(
+        prepared,
+        form=method.form,
+        multiple=method.rank_multiple,
+        centred=method.metric == "centred",
+        device=device["name"],
+        torch=device["torch"],
+    )
+    path, _ = _made_once(run, "prices", fingerprint, "prices")
+    check_searches(run.spec, _space(run, prepared, str(path)))
+    return path.name
+
+
+def _space(run: RunningJob, prepared: Facts, prices: str | None) -> RankSpace:
+    targets = (Target(**target) for target in prepared["targets"])
+    return RankSpace.of(run.spec.method, targets, read_prices(prices))
 
 
 def _bank_fingerprint(run: RunningJob, prepared: Facts, calibration: str | None) -> str:
@@ -62,7 +87,7 @@ def _made_once(run: RunningJob, kind: str, fingerprint: str, operation: str, **a
     if (path := artifacts.find(kind, fingerprint, job_id=run.id)) is not None:
         run.tell(f"{kind}.cache_hit", fingerprint=fingerprint)
         return path, True
-    output = run.fresh_folder(operation) / f"{kind}.safetensors"
+    output = run.fresh_folder(operation) / kind
     run.ask(operation, output=str(output), **arguments)
     return artifacts.save(kind, fingerprint, output, job_id=run.id), False
 
@@ -82,8 +107,7 @@ class Ground:
     @classmethod
     def of(cls, run: RunningJob, prepared: Facts) -> Ground:
         """Rebuild it from the facts of the earlier stages."""
-        space = RankSpace.of(run.spec.method, (Target(**target) for target in prepared["targets"]))
-        return cls(space=space, bank=Path(run.known["bank"]))
+        return cls(space=_space(run, prepared, run.known.get("prices")), bank=Path(run.known["bank"]))
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
@@ -115,5 +139,5 @@ def known_of(path: Callable[[str], Path], *facts: Facts) -> dict[str, str]:
     """
     found = {name: value for part in facts for name, value in part.items() if value}
     known: dict[str, str] = {name: found[name] for name in ("revision", "model_fingerprint") if name in found}
-    known |= {name: str(path(found[name])) for name in ("blocks", "calibration", "bank") if name in found}
+    known |= {name: str(path(found[name])) for name in ("blocks", "calibration", "bank", "prices") if name in found}
     return known

@@ -7,6 +7,7 @@ yet, so a fresh process can take over in the middle of a job, and a process that
 from __future__ import annotations
 
 import gc
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,8 @@ import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
 from ranksearch.search.objective import METRICS
-from ranksearch.search.plan import check_budget, check_trials
+from ranksearch.search.plan import check_searches
+from ranksearch.search.prices import as_document, read_prices
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
 from ranksearch.search.targets import Target
@@ -27,6 +29,7 @@ from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.component_gradients import component_gradients
+from ranksearch.worker.curves import measure_curves
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
 from ranksearch.worker.metrics import NEEDS
@@ -69,6 +72,7 @@ class Workbench:
             "prepare": self.prepare,
             "calibrate": self.calibrate,
             "factor": self.factor,
+            "prices": self.prices,
             "dense": self.dense,
             "chunk": self.chunk,
             "gradients": self.gradients,
@@ -116,9 +120,7 @@ class Workbench:
         check_weights(model)
         targets = find_targets(model)
         space = RankSpace.of(spec.method, targets)
-        for kept in spec.budget.kept:
-            check_budget(spec, space, kept)
-        check_trials(spec, space)
+        check_searches(spec, space)
         progress(0.4)
         material = gather(
             spec.calibration.model_dump(),
@@ -134,6 +136,7 @@ class Workbench:
         text = save_blocks(material, output)
         return {
             "targets": [asdict(target) for target in targets],
+            "biased": [target.name for target in targets if model.get_submodule(target.name).bias is not None],
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
             "model_fingerprint": model_fingerprint(folder),
@@ -181,6 +184,26 @@ class Workbench:
             build(calibration, file=output, progress=progress)
         self._unload("ahead")
         return {"bytes": FactorBank.load(output).nbytes}
+
+    def prices(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
+        """Measure how long each target takes to decode a token at each rank, and write it to a file."""
+        spec = _spec(job)
+        model, _, _ = self._model(job)
+        self._unload("trials")
+        self._unload("ahead")
+        curves = measure_curves(
+            model,
+            targets := find_targets(model),
+            form=spec.method.form,
+            multiple=spec.method.rank_multiple,
+            centred=spec.method.metric == "centred",
+            device=self.device,
+            progress=progress,
+        )
+        document = as_document([target.name for target in targets], curves)
+        facts = {key: self._facts[key] for key in ("name", "torch")}
+        Path(output).write_text(json.dumps({**facts, "dtype": str(model.dtype), **document}), "utf-8")
+        return {}
 
     def dense(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
         """Score the dense model on the evaluation blocks."""
@@ -251,7 +274,7 @@ class Workbench:
         refinement = Refinement(
             model,
             partial(self._take_bank, job),
-            RankSpace.of(spec.method, find_targets(model)),
+            RankSpace.of(spec.method, find_targets(model), read_prices(job.get("prices"))),
             load_blocks(job["blocks"]),
             Calibration.load(job["calibration"]) if job.get("calibration") else None,
             spec=spec,

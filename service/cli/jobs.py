@@ -23,7 +23,7 @@ from ranksearch.service.cli.output import (
     table,
 )
 from ranksearch.service.client import JSON, Client
-from ranksearch.service.figures import ago, duration, number
+from ranksearch.service.figures import ago, duration, number, size
 from ranksearch.service.watch import follow
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `submit` printed it.")]
@@ -33,6 +33,8 @@ def submit(
     spec: options.SpecFile = None,
     model: options.Model = None,
     kept: options.Kept = None,
+    bytes: options.Bytes = None,
+    of: options.Of = None,
     name: options.Name = None,
     dtype: options.Dtype = None,
     dataset: options.DatasetName = None,
@@ -66,6 +68,8 @@ def submit(
         spec,
         model=model,
         kept=kept,
+        bytes=bytes,
+        of=of,
         name=name,
         dtype=dtype,
         dataset=dataset,
@@ -172,7 +176,8 @@ def show(job: JobId, as_json: options.AsJson = False) -> None:
         ("status", Text.assemble(status_text(document["status"]), _error(document))),
         ("stage", f"{document.get('stage') or '-'}, {100 * float(document['progress']):.0f}%{_eta(document)}"),
         ("model", _model(document)),
-        ("kept", ", ".join(f"{kept:g}" for kept in spec["budget"]["kept"])),
+        ("kept", _kept(spec["budget"])),
+        *([("bytes", ", ".join(map(size, sizes)))] if (sizes := spec["budget"].get("bytes")) else []),
         ("search", f"{search['trials']} trials, {search['sampler']}, {search['objective']}"),
         ("created", ago(document.get("created_at"))),
     ]
@@ -197,6 +202,11 @@ def cancel(job: JobId, as_json: options.AsJson = False) -> None:
         say(f"{job} stops as soon as its worker has put its things away")
     else:
         out().print(Text.assemble(job, " ", (document["status"], STATUS_STYLES.get(document["status"], ""))))
+
+
+def _kept(budget: JSON) -> str:
+    kept = ", ".join(f"{kept:g}" for kept in budget["kept"])
+    return f"{kept} of latency" if budget.get("of") == "latency" else kept
 
 
 def _model(job: JSON) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from ranksearch.search.errors import InvalidInput
 from ranksearch.search.presets import PRESETS
 
 SPEC = "Job spec"
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[KMGT]i?)?B?", re.IGNORECASE | re.ASCII)
 
 SpecFile = Annotated[str | None, typer.Argument(metavar="SPEC.json", help="Job spec as JSON; - reads standard input.")]
 Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder.", rich_help_panel=SPEC)]
@@ -21,6 +24,23 @@ Kept = Annotated[
     str | None,
     typer.Option(
         "--kept", metavar="K,K,...", help="Budgets: kept share of the parameters, e.g. 0.8,0.6.", rich_help_panel=SPEC
+    ),
+]
+Bytes = Annotated[
+    str | None,
+    typer.Option(
+        "--bytes",
+        metavar="B,B,...",
+        help="Budgets in place of --kept: the most that the weight files may take, e.g. 5GB,900MiB.",
+        rich_help_panel=SPEC,
+    ),
+]
+Of = Annotated[
+    str | None,
+    typer.Option(
+        "--of",
+        help="What kept is a share of: parameters, or latency, the decode time measured on the worker's device.",
+        rich_help_panel=SPEC,
     ),
 ]
 Name = Annotated[str | None, typer.Option("--name", help="A name for people.", rich_help_panel=SPEC)]
@@ -125,6 +145,11 @@ def build_spec(source: str | None, **flags: Any) -> dict[str, Any]:
         InvalidInput: A flag cannot be understood, or neither file nor flags say what to compress.
     """
     spec = read_spec(source)
+    if flags["kept"] and flags["bytes"]:
+        raise InvalidInput("--kept and --bytes exclude each other")
+    for named, other in (("kept", "bytes"), ("bytes", "kept")):
+        if flags[named] and isinstance(spec.get("budget"), dict):
+            spec["budget"].pop(other, None)
     for path, value in _values(flags).items():
         _put(spec, path, value)
     for assignment in flags["set"] or []:
@@ -134,8 +159,8 @@ def build_spec(source: str | None, **flags: Any) -> dict[str, Any]:
         _put(spec, path, _literal(text))
     if source is None and not flags["model"]:
         raise InvalidInput("name a model: --model HUB_ID_OR_FOLDER, or give a SPEC.json")
-    if source is None and not flags["kept"]:
-        raise InvalidInput("name a budget: --kept 0.8 keeps 80% of the parameters")
+    if source is None and not (flags["kept"] or flags["bytes"]):
+        raise InvalidInput("name a budget: --kept 0.8 keeps 80% of the parameters, --bytes 5GB what fits into 5 GB")
     return spec
 
 
@@ -152,6 +177,8 @@ def _values(flags: Mapping[str, Any]) -> dict[str, Any]:
         "calibration.seed": seed,
         "evaluation.test": tests or ([] if flags["text"] else None),
         "budget.kept": None if flags["kept"] is None else _numbers(flags["kept"]),
+        "budget.bytes": None if flags["bytes"] is None else [_bytes(size) for size in _words(flags["bytes"])],
+        "budget.of": flags["of"],
         "method.preset": flags["preset"],
         "method.metric": flags["metric"],
         "method.form": flags["form"],
@@ -197,6 +224,14 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InvalidInput(f"--kept {text}: write numbers, e.g. --kept 0.8,0.6") from None
+
+
+def _bytes(text: str) -> int:
+    amount = _SIZE.fullmatch(text)
+    if amount is None:
+        raise InvalidInput(f"--bytes {text}: write a number with a unit, e.g. --bytes 5GB,900MiB")
+    unit = (amount["unit"] or "").lower()
+    return int(Decimal(amount["number"]) * (1024 if "i" in unit else 1000) ** "_kmgt".index(unit[0] if unit else "_"))
 
 
 def _literal(text: str) -> Any:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ranksearch.worker.loading
+from ranksearch.search.prices import Curve, as_document
+from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import JobSpec
 from ranksearch.service.store.jobs import Job
+from ranksearch.worker.fingerprints import prices_fingerprint
+from ranksearch.worker.models import load_model
+from ranksearch.worker.targets import find_targets
+from ranksearch.worker.workbench import Workbench
 from tests.integration.machine import Machine
 
 Spec = Callable[..., JobSpec]
@@ -136,7 +143,8 @@ def test_a_budget_of_one_keeps_everything_dense(worker: Machine, spec: Spec) -> 
 
 @on_sqlite
 def test_a_checkpoint_in_another_dtype_is_proved(worker: Machine, spec: Spec) -> None:
-    job_id = worker.submit(spec(trials=2, export={"dtype": "bfloat16"}))
+    budget = {"kept": [0.5], "bytes": [60_000]}
+    job_id = worker.submit(spec(trials=2, export={"dtype": "bfloat16"}, budget=budget))
     worker.succeeded(job_id)
     report = worker.jobs.report(job_id)
     assert report is not None
@@ -144,7 +152,64 @@ def test_a_checkpoint_in_another_dtype_is_proved(worker: Machine, spec: Spec) ->
     best, final = (budget["scores"][row]["evaluation"]["perplexity"] for row in ("best", "final"))
     assert final == pytest.approx(best, rel=2e-2)
     assert final != best
+    assert budget["bytes"]["asked"] == 60_000
     assert budget["bytes"]["disk"] < 0.51 * budget["bytes"]["disk_dense"]
+
+
+@on_sqlite
+def test_a_budget_of_latency_is_met_by_the_table_that_was_measured(
+    worker: Machine, done: str, spec: Spec, material: Path, tmp_path: Path
+) -> None:
+    model, _ = load_model(material / "model")
+    targets, device = find_targets(model), Workbench("cpu").facts()
+    # as a device might find it: two products in a row take twice as long as one, and wide matrices are dear
+    curves = tuple(
+        Curve(ranks=(1, 7, t.full_rank), times=(900, 900 + 40 * t.marginal, 9000 + 70 * t.marginal), dense=20_000)
+        for t in targets
+    )
+    facts = {"targets": [asdict(t) for t in targets], "biased": [], "dtype": "float32"}
+    fingerprint = prices_fingerprint(
+        facts, form="factored", multiple=1, centred=False, device=device["name"], torch=device["torch"]
+    )
+    file = tmp_path / "prices"
+    file.write_text(json.dumps(as_document([t.name for t in targets], curves)))
+    worker.artifacts.save("prices", fingerprint, file, job_id=done)
+    space = RankSpace(targets=targets, prices=curves)
+
+    latency = spec(budget={"kept": [0.5], "of": "latency"}, search={"sampler": "ranksearch", "trials": 3})
+    first, second = (worker.submit(latency) for _ in range(2))
+    for job_id in (first, second):
+        worker.succeeded(job_id)
+        assert worker.events(job_id, "prices.cache_hit")
+    rows = worker.trials(first, 0.5)
+    assert [row["ranks"] for row in rows] == [row["ranks"] for row in worker.trials(second, 0.5)]
+    for row in rows:
+        ranks = space.unpack(row["ranks"])
+        assert space.is_exact(ranks, 0.5)
+        assert row["kept"] == space.cost(ranks) / (20_000 * len(targets)) <= 0.5
+    report = worker.jobs.report(first)
+    assert report is not None
+    (budget,) = report["budgets"]
+    ranks = space.from_dict({name: target["rank"] for name, target in budget["targets"].items()})
+    timed = budget["speed"]["targets"]
+    assert timed["seconds"] == pytest.approx(1e-12 * space.cost(ranks))
+    assert timed["dense_seconds"] == pytest.approx(1e-12 * 20_000 * len(targets))
+    assert budget["parameters"]["targets"] == int(space.parameters_of(ranks).sum())
+    assert budget["kept"] == 0.5
+    assert budget["kept_exact"] == budget["parameters"]["targets"] / space.parameters
+
+
+@on_sqlite
+def test_decode_times_are_measured_once_and_tell_the_smallest_budget(worker: Machine, spec: Spec) -> None:
+    budget, method = {"kept": [0.001], "of": "latency"}, {"rank_multiple": 2}
+    jobs = [worker.submit(spec(budget=budget, method=method)) for _ in range(2)]
+    first, second = (worker.finished(job_id).error for job_id in jobs)
+    assert first is not None
+    assert (first["code"], first["stage"]) == ("impossible_budget", "factor")
+    assert "decode time" in first["message"]
+    assert 0.001 < first["data"]["minimum_kept"] <= 1
+    assert second == first
+    assert [len(worker.events(job_id, "prices.cache_hit")) for job_id in jobs] == [0, 1]
 
 
 @on_sqlite

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
+import numpy as np
+from hypothesis import strategies as st
+
+from ranksearch.search.prices import Curve
 from ranksearch.search.space import RankSpace
 from ranksearch.search.targets import Target
 
 
 def target(name: str, m: int, n: int, kind: str = "linear", depth: int = 0) -> Target:
     return Target(name=name, out_features=m, in_features=n, kind=kind, depth=depth)
+
+
+@st.composite
+def curves(draw: st.DrawFn, full_rank: int) -> Curve:
+    """Any measured curve of a matrix: cheap or dear beside dense, flat, with jumps."""
+    ranks = sorted(draw(st.sets(st.integers(1, full_rank), min_size=1, max_size=6)))
+    steps = draw(st.lists(st.integers(0, 400), min_size=len(ranks), max_size=len(ranks)))
+    times = np.cumsum(steps).tolist()
+    return Curve(ranks=tuple(ranks), times=tuple(times), dense=draw(st.integers(1, 2 * times[-1] + 100)))
+
+
+@st.composite
+def priced(draw: st.DrawFn, space: RankSpace) -> RankSpace:
+    """The same space with a random price for each target, or as it is."""
+    if draw(st.booleans()):
+        return space
+    return replace(space, prices=tuple(draw(curves(t.full_rank)) for t in space.targets))
 
 
 def llama_space(blocks: int = 6, width: int = 64, hidden: int = 172, kv: int = 32, **options: object) -> RankSpace:

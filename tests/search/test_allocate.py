@@ -13,7 +13,7 @@ from ranksearch.search.errors import NumericalError
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.targets import Form
 
-from .cases import llama_space, power_spectra, steep_spectra, target
+from .cases import llama_space, power_spectra, priced, steep_spectra, target
 
 FORMS: tuple[Form, ...] = ("factored", "pivoted")
 
@@ -40,6 +40,8 @@ def problems(draw: st.DrawFn, equal_marginals: bool = False) -> tuple[Allocator,
         rank_multiple=1 if equal_marginals else draw(st.sampled_from([1, 2])),
         form="factored" if equal_marginals else draw(st.sampled_from(FORMS)),
     )
+    if not equal_marginals:
+        space = draw(priced(space))
     kept = draw(st.floats(0.1, 1.0).map(lambda k: round(k, 2)))
     assume(space.budget(kept) >= space.minimum)
     seed = draw(st.integers(0, 10_000))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
+from ranksearch.search.prices import as_document, from_document
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import Method
 from ranksearch.search.targets import Form, Target
 
-from .cases import llama_space, target
+from .cases import curves, llama_space, priced, target
 
 FORMS: tuple[Form, ...] = ("factored", "pivoted")
 
@@ -24,12 +26,13 @@ def spaces(draw: st.DrawFn) -> RankSpace:
     shapes = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8))
     targets = tuple(target(f"block.{i}.linear", m, n, depth=i) for i, (m, n) in enumerate(shapes))
     keep = draw(st.sampled_from([(), ("block.0.*",)]))
-    return RankSpace(
+    space = RankSpace(
         targets=targets,
         rank_multiple=draw(st.sampled_from([1, 2, 3, 8])),
         keep_dense=keep,
         form=draw(st.sampled_from(FORMS)),
     )
+    return draw(priced(space))
 
 
 kept_values = st.floats(0.01, 1.0).map(lambda k: round(k, 3))
@@ -65,6 +68,36 @@ def test_a_vector_survives_packing(space: RankSpace, seed: int) -> None:
     assert packed.isascii()
     np.testing.assert_array_equal(space.unpack(packed), ranks)
     np.testing.assert_array_equal(space.from_dict(space.as_dict(ranks)), ranks)
+
+
+@given(st.data(), st.integers(1, 40))
+def test_a_curve_passes_through_what_was_measured_and_rises_at_every_rank(data: st.DataObject, full_rank: int) -> None:
+    curve = data.draw(curves(full_rank))
+    table = curve.table(full_rank)
+    inner = [(rank, time) for rank, time in zip(curve.ranks, curve.times, strict=True) if rank < full_rank]
+    assert [table[rank] - rank for rank, _ in inner] == [time for _, time in inner]
+    assert np.all(np.diff(table[:-1]) >= 1)
+    expected = np.interp(np.arange(full_rank), curve.ranks, curve.times) + np.arange(full_rank)
+    np.testing.assert_allclose(table[:-1], expected, atol=1)
+    assert (len(table), table[-1]) == (full_rank + 1, curve.dense)
+    names = ["a", "b", "c"]
+    assert from_document(json.loads(json.dumps(as_document(names, [curve] * 3))), names) == (curve,) * 3
+
+
+@given(spaces(), st.integers(0, 1000))
+def test_no_rank_below_dense_costs_as_much_as_dense(space: RankSpace, seed: int) -> None:
+    ranks = random_ranks(space, seed)
+    np.testing.assert_array_equal(space.costs(ranks) < space.dense_costs, ranks < space.full_ranks)
+    np.testing.assert_array_equal([space.costs_of(i, r) for i, r in enumerate(ranks)], space.costs(ranks))
+    costs = space.costs(ranks).astype(np.float64)
+    np.testing.assert_array_equal(space.at_costs(costs), ranks)
+    lower = np.where(ranks > space.low_ranks, space.previous_ranks(ranks), ranks)
+    np.testing.assert_array_equal(space.at_costs(costs - 0.5), lower)
+    counted = [
+        t.parameters if r == t.full_rank else r * t.marginal - (r * r if space.form == "pivoted" else 0)
+        for t, r in zip(space.targets, ranks.tolist(), strict=True)
+    ]
+    np.testing.assert_array_equal(space.parameters_of(ranks), counted)
 
 
 @given(spaces(), st.integers(0, 1000))

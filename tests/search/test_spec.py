@@ -42,6 +42,16 @@ def test_another_metric_or_sampler_than_the_preset_s_is_refused() -> None:
     assert spec(method={"preset": "uniform", "metric": "weight"}, search={"sampler": "tpe"}).method.metric == "weight"
 
 
+def test_what_a_budget_is_of() -> None:
+    assert spec().budget.of == "parameters"
+    with pytest.raises(ValidationError, match="soco counts parameters"):
+        spec(budget={"kept": [0.5], "of": "latency"}, method={"preset": "soco"})
+    with pytest.raises(ValidationError, match="bytes are of parameters"):
+        spec(budget={"bytes": [1000], "of": "latency"})
+    with pytest.raises(ValidationError, match="kept, a share of the parameters, or bytes"):
+        spec(budget={"of": "latency"})
+
+
 def test_a_preset_that_cannot_be_refined_says_so_itself() -> None:
     with pytest.raises(ValidationError, match=r"preset bolaco cannot be followed by sequential; leave method\.refine"):
         spec(method={"preset": "bolaco", "refine": ["sequential"]})

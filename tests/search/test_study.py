@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND
+from ranksearch.search.prices import Curve
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy, space_of, study_name, trials_of
@@ -261,3 +263,19 @@ def test_a_space_survives_in_the_study(tmp_path: Path) -> None:
         storage=url, job_id="job_c", kept=0.5, space=space, spectra=SPECTRA, spec=Search(), dense_score=1.0, model="m"
     )
     assert space_of(url, "job_c", 0.5) == space
+
+
+def test_the_prices_of_a_space_survive_in_the_study() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    curves = tuple(
+        Curve(ranks=(1, t.full_rank // 3), times=(10**6, 10**8), dense=10**9 + t.full_rank) for t in SPACE.targets
+    )
+    space = replace(SPACE, prices=curves)
+    study = RankStudy(
+        storage=storage, job_id="job_c", kept=0.5, space=space, spectra=SPECTRA, spec=Search(), dense_score=1.0
+    )
+    found = space_of(storage, "job_c", 0.5)
+    assert found == space != SPACE
+    proposal = study.ask()
+    assert proposal is not None
+    np.testing.assert_array_equal(found.unpack(found.pack(proposal.ranks)), proposal.ranks)

@@ -100,6 +100,18 @@ def test_flags_win_over_the_file(run: Run, url: str, body: dict[str, Any], tmp_p
     assert (spec.search.trials, spec.search.pruner, spec.search.seed) == (5, "none", 1)
 
 
+def test_a_budget_in_bytes_takes_the_place_of_the_files(
+    run: Run, url: str, body: dict[str, Any], tmp_path: Path, jobs: Jobs
+) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(body))
+    budget = jobs.get(run("submit", file, "--bytes", "8.5KiB, 0.0085MB,9000").stdout.strip()).parsed().budget
+    assert budget.bytes == [8704, 8500, 9000]
+    assert 0 < budget.kept[1] < budget.kept[0] < budget.kept[2] < 1
+    shown = run("show", run("submit", file, "--bytes", "8.5kib").stdout.strip())
+    assert "8.5 KiB" in shown.stdout
+
+
 def test_local_paths_are_made_absolute(
     run: Run, url: str, model: Path, body: dict[str, Any], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +136,8 @@ def test_the_same_key_makes_one_job(run: Run, url: str, body: dict[str, Any], tm
         (["submit", "--kept", "0.5"], "--model"),
         (["submit", "--model", "MODEL"], "--kept 0.8"),
         (["submit", "--model", "MODEL", "--kept", "half"], "write numbers"),
+        (["submit", "--model", "MODEL", "--bytes", "5 apples"], "write a number with a unit"),
+        (["submit", "--model", "MODEL", "--bytes", "5GB", "--kept", "0.5"], "exclude"),
         (["submit", "--model", "MODEL", "--kept", "0"], "/budget/kept/0"),
         (["submit", "--model", "MODEL", "--kept", "80"], "above 0 and at most 1; got 80"),
         (["submit", "--model", "MODEL", "--kept", "0.5", "--set", "bogus"], "FIELD=VALUE"),
@@ -503,6 +517,9 @@ def test_estimate_makes_no_job(run: Run, url: str, body: dict[str, Any], tmp_pat
     assert "disk, total" in shown.stdout
     assert json.loads(exact.stdout)["budgets"][0]["kept"] == 0.5
     assert jobs.page(limit=5) == []
+    timed = run("estimate", file, "--of", "latency")
+    assert timed.exit_code == 0
+    assert "measured by the worker" in timed.stdout
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,12 @@ def test_the_spectrum_predicts_nothing_after_a_step_on_the_factors() -> None:
     assert found["refine"] == [SEQUENTIAL]
 
 
+def test_the_bytes_asked_for_stand_beside_those_there_are(report: dict[str, Any]) -> None:
+    assert "| weights on disk, bytes | 440 | 400 |" in model_card(report)
+    report["budgets"][0]["bytes"]["asked"] = 405
+    assert "| weights on disk, bytes | 440 | 400 of at most 405 |" in model_card(report)
+
+
 def test_a_pivoted_target_says_so() -> None:
     found = budget(form="pivoted")
     assert found["targets"]["model.layers.0.up"]["form"] == "pivoted"

@@ -12,6 +12,7 @@ from torch import nn
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import InvalidInput
+from ranksearch.search.prices import read_prices
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.spec import JobSpec
 from ranksearch.search.targets import Target
@@ -20,6 +21,7 @@ from ranksearch.worker.checkpoint import count
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.stages import known_of
+from ranksearch.worker.targets import find_targets
 from ranksearch.worker.tiny import train_tokenizer
 from ranksearch.worker.workbench import Workbench
 
@@ -137,6 +139,30 @@ def test_factoring_after_trials_gives_the_same_bank(job: dict[str, Any], tmp_pat
     bench.chunk(later, 0, {name: len(values) for name, values in bank.spectra.items()}, 0, progress=print)
     bench.factor(later, str(tmp_path / "again"), progress=print)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "bank").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_what_was_measured_prices_a_space_whose_budgets_are_met(
+    form: str, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_SPEED_SECONDS", "0.01")
+    job["spec"] |= {"method": {"form": form, "rank_multiple": 2}, "budget": {"kept": [0.5], "of": "latency"}}
+    later, bench, file = prepared(job, tmp_path), Workbench("cpu"), tmp_path / "prices"
+    bench.prices(later, str(file), progress=print)
+    targets = find_targets(load_model(Path(job["source"]))[0])
+    method = JobSpec.model_validate(job["spec"]).method
+    space, again = (RankSpace.of(method, targets, read_prices(str(file))) for _ in range(2))
+    assert space == again
+    assert space.prices is not None
+    for target, curve in zip(targets, space.prices, strict=True):
+        assert curve.ranks[0] == 2
+        assert curve.ranks[-1] == target.largest_rank(method.form) // 2 * 2
+        assert 0 < curve.times[0] <= curve.times[-1]
+        assert list(curve.times) == sorted(curve.times)
+    same = {(t.out_features, t.in_features): c for t, c in zip(targets, space.prices, strict=True)}
+    assert [same[t.out_features, t.in_features] for t in targets] == list(space.prices)
+    for kept in (space.minimum_kept, 1.0):
+        assert space.is_exact(uniform(space, kept), kept)
 
 
 def test_more_trials_than_a_budget_may_have_are_refused_in_prepare(
