@@ -203,6 +203,7 @@ class Search(_Part):
         "tpe",
         "gp",
         "cmaes",
+        "botorch",
         "turbo",
         "evolutionary",
         "swaps",
