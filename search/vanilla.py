@@ -59,14 +59,14 @@ class BoTorch:
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Draw:
         """A Sobol point on the budget at first, and then what improves most on the best score so far."""
         d = self._box.shape[1]
-        scores = [(t, log_score(t)) for t in trials if t.state.is_finished()]
+        scores = [(t, log_score(t)) for t in trials if t.state.is_finished()][-MOST:]
         with one_thread():
             if number < _FIRSTS + max(_SOBOL, d // 4) or all(math.isinf(score) for _, score in scores):
                 start = sobol(1, d, draw_seed(self._seed, 0), skip=number)
                 shares = self._shares.project(start, *self._box)[0]
             else:
                 torch.manual_seed(draw_seed(self._seed, number))
-                shares = self._improve(scores[-MOST:], [t for t in trials if t.state == TrialState.RUNNING], number)
+                shares = self._improve(scores, [t for t in trials if t.state == TrialState.RUNNING], number)
         return Draw(ranks=self._shares.ranks(shares))
 
     def _improve(self, scores: list[tuple[FrozenTrial, float]], running: list[FrozenTrial], number: int) -> Tensor:
@@ -110,11 +110,11 @@ class BoTorch:
 
 def _process(known: Tensor, values: Tensor) -> SingleTaskGP:
     """The process fitted, or with the modes of its priors where that fails."""
-    model = SingleTaskGP(known, values[:, None], outcome_transform=Standardize(1))
-    mll = ExactMarginalLogLikelihood(model.likelihood, model)
     with warnings.catch_warnings():
-        # stopping after some iterations is meant
+        # stopping after some iterations is meant, and equal scores cannot be standardized
         warnings.simplefilter("ignore")
+        model = SingleTaskGP(known, values[:, None], outcome_transform=Standardize(1))
+        mll = ExactMarginalLogLikelihood(model.likelihood, model)
         try:
             fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": _ITERATIONS}})
         except ModelFittingError:
