@@ -47,6 +47,10 @@ def baseline(name: str, allocator: Allocator, kept: float, seed: int) -> Sampler
         from ranksearch.search.turbo import Turbo
 
         return Turbo(space, kept, seed)
+    if name == "botorch":
+        from ranksearch.search.vanilla import BoTorch
+
+        return BoTorch(space, kept, seed)
     if name in ("bolaco", "bolaco-20"):
         return Bolaco(space, kept, seed, groups=4 if name == "bolaco-20" else 1)
     if name == "cmaes":

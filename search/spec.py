@@ -37,8 +37,11 @@ Positive = Annotated[int, Field(ge=1)]
 JobId = Annotated[str, Field(min_length=1, max_length=64)]
 Step = Literal["sequential", "distill", "soco"]
 
-#: Tokens that `distill` and `soco` train on.
+#: Tokens that `distill` trains on, and those of text that are set aside for it and for `soco`.
 TRAINING_TOKENS = 1_000_000
+
+#: Tokens that `soco` trains on, where its steps do not take more.
+SCORING_TOKENS = 102_400
 
 #: Trials that a budget may have.
 MOST_TRIALS = 10_000
@@ -224,6 +227,7 @@ class Search(_Part):
         "tpe",
         "gp",
         "cmaes",
+        "botorch",
         "turbo",
         "evolutionary",
         "swaps",

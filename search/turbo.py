@@ -16,7 +16,6 @@ import math
 import warnings
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from botorch.generation import MaxPosteriorSampling
 from botorch.models import SingleTaskGP
@@ -25,21 +24,18 @@ from gpytorch.constraints import Interval
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
-from ranksearch.search.coordinates import RANKS
 from ranksearch.search.draw import Draw, draw_seed
 from ranksearch.search.sampler import one_thread
-from ranksearch.search.space import Floats, Ranks, RankSpace, proportional, uniform
+from ranksearch.search.shares import MOST, Shares, log_score, sobol
+from ranksearch.search.space import RankSpace, uniform
 
 _LENGTH, _SHORTEST, _LONGEST = 0.8, 0.5**7, 1.6
 _SUCCESSES = 3
 _FEWEST = 4
 """Trials below which the process is not asked."""
-_MOST = 256
-"""The process learns from the latest so many trials."""
 _CANDIDATES = 512
 _ITERATIONS = 50
 
@@ -49,32 +45,31 @@ class Turbo:
 
     def __init__(self, space: RankSpace, kept: float, seed: int) -> None:
         """Set what a proposal depends on besides the trials."""
-        self._space, self._kept, self._seed = space, kept, seed
-        self._weights = torch.as_tensor(space.dense_costs / space.whole)
+        self._shares, self._seed = Shares(space, kept), seed
+        self._start = self._shares.of(uniform(space, kept))
 
     def propose(self, trials: Sequence[FrozenTrial], number: int) -> Draw:
         """The candidate that a draw from the posterior likes best, or any while there is too little to learn from."""
         finished = [t for t in trials if t.state.is_finished()]
-        scores = [math.log(max(t.value, 1e-300)) if _complete(t) and t.value else math.inf for t in finished]
-        length, begun = trust_region(scores, len(self._weights))
+        scores = [log_score(t) for t in finished]
+        length, begun = trust_region(scores, len(self._start))
         since = zip(finished[begun:], scores[begun:], strict=True)
         told = [(t, score) for t, score in since if math.isfinite(score)]
         with one_thread():
             torch.manual_seed(draw_seed(self._seed, number))
             shares = self._choose(told, length, number)
-        return Draw(ranks=proportional(self._space, self._kept, np.maximum(shares.numpy(), 1e-3)))
+        return Draw(ranks=self._shares.ranks(shares))
 
     def _choose(self, told: list[tuple[FrozenTrial, float]], length: float, number: int) -> Tensor:
-        start = uniform(self._space, self._kept)
-        best = self._unpack(min(told, key=lambda pair: pair[1])[0]) if told else start
+        best = self._shares.of_trial(min(told, key=lambda pair: pair[1])[0]) if told else self._start
         if len(told) < _FEWEST:
-            return self._candidates(self._shares(best), torch.ones_like(self._weights), length, 1, number)[0]
-        known = torch.stack([self._shares(self._unpack(trial)) for trial, _ in told[-_MOST:]])
-        values = torch.tensor([-score for _, score in told[-_MOST:]], dtype=torch.float64)
+            return self._candidates(best, torch.ones_like(best), length, 1, number)[0]
+        known = torch.stack([self._shares.of_trial(trial) for trial, _ in told[-MOST:]])
+        values = torch.tensor([-score for _, score in told[-MOST:]], dtype=torch.float64)
         model = _process(known, (values - values.mean()) / values.std().clamp_min(1e-9))
         scales = model.covar_module.base_kernel.lengthscale.detach().squeeze(0)
         stretch = scales / scales.log().mean().exp()
-        candidates = self._candidates(self._shares(best), stretch, length, _CANDIDATES, number)
+        candidates = self._candidates(best, stretch, length, _CANDIDATES, number)
         with torch.no_grad():
             chosen: Tensor = MaxPosteriorSampling(model=model, replacement=False)(candidates, num_samples=1)
         return chosen[0]
@@ -83,19 +78,10 @@ class Turbo:
         """Points on the budget in the box around the centre, `count x d`, each moved in about 20 coordinates."""
         low, high = (torch.clamp(centre + side * stretch * length / 2, 0.0, 1.0) for side in (-1, 1))
         d = len(centre)
-        engine = SobolEngine(d, scramble=True, seed=draw_seed(self._seed, number))  # type: ignore[no-untyped-call]
-        sobol = engine.draw(count, dtype=torch.float64)
         moved = torch.rand(count, d) <= min(20.0 / d, 1.0)
         moved[torch.arange(count), torch.randint(d, (count,))] = True
-        points = torch.where(moved, low + (high - low) * sobol, centre)
-        return project(points, self._weights, self._kept, low, high)
-
-    def _shares(self, ranks: Ranks) -> Tensor:
-        shares: Floats = self._space.costs(ranks) / self._space.dense_costs
-        return torch.as_tensor(shares)
-
-    def _unpack(self, trial: FrozenTrial) -> Ranks:
-        return self._space.unpack(trial.user_attrs[RANKS])
+        spread = low + (high - low) * sobol(count, d, draw_seed(self._seed, number))
+        return self._shares.project(torch.where(moved, spread, centre), low, high)
 
 
 def trust_region(scores: Sequence[float], dimensions: int) -> tuple[float, int]:
@@ -121,21 +107,6 @@ def trust_region(scores: Sequence[float], dimensions: int) -> tuple[float, int]:
     return length, begun
 
 
-def project(points: Tensor, weights: Tensor, total: float, low: Tensor, high: Tensor) -> Tensor:
-    """The points of the box with `weights @ x = total` that lie nearest, `count x d`: clip(x - tau * weights).
-
-    Where the box has no such point, its corner that comes nearest to the total.
-    """
-    reach = 1.0 / float(weights.min())
-    below, above = torch.full((len(points), 1), -reach), torch.full((len(points), 1), reach)
-    below, above = below.to(points), above.to(points)
-    for _ in range(80):
-        tau = (below + above) / 2
-        over = (torch.clamp(points - tau * weights, low, high) @ weights)[:, None] > total
-        below, above = torch.where(over, tau, below), torch.where(over, above, tau)
-    return torch.clamp(points - above * weights, low, high)
-
-
 def _process(known: Tensor, values: Tensor) -> SingleTaskGP:
     kernel = MaternKernel(nu=2.5, ard_num_dims=known.shape[1], lengthscale_constraint=Interval(0.005, 4.0))
     model = SingleTaskGP(
@@ -151,7 +122,3 @@ def _process(known: Tensor, values: Tensor) -> SingleTaskGP:
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         fit_gpytorch_mll_scipy(mll, options={"maxiter": _ITERATIONS})
     return model.eval()
-
-
-def _complete(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.COMPLETE

@@ -14,7 +14,7 @@ from ranksearch.search.gradients import MEASURED
 from ranksearch.search.plan import check_budget, check_trials, sampled_space, sampler_of
 from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
-from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
+from ranksearch.search.spec import SCORING_TOKENS, TRAINING_TOKENS, JobSpec
 from ranksearch.search.targets import Target
 from ranksearch.service.models import Tensors, find_targets
 from ranksearch.service.problems import at
@@ -274,7 +274,7 @@ def _searched(spec: JobSpec, space: RankSpace, model: int) -> int:
 def _refined_tokens(spec: JobSpec, tokens: int) -> float:
     """Operations of the steps after the search, per parameter of the model, for `tokens` of calibration text."""
     # three strengths, each about ten runs of every block; training: the teacher once, the student forward and back
-    once = {"sequential": 3 * 10 * 2 * tokens, "distill": 10 * TRAINING_TOKENS, "soco": 18 * TRAINING_TOKENS}
+    once = {"sequential": 3 * 10 * 2 * tokens, "distill": 10 * TRAINING_TOKENS, "soco": 18 * SCORING_TOKENS}
     return sum(once[step] for step in spec.method.steps)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.objective import METRICS, score_of
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Step
+from ranksearch.search.spec import SCORING_TOKENS, TRAINING_TOKENS, JobSpec, Step
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, leaders
@@ -28,7 +28,7 @@ from ranksearch.worker.distill import distill
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.prefix import Pair, PrefixModel
 from ranksearch.worker.sequential import resolve
-from ranksearch.worker.soco import soco
+from ranksearch.worker.soco import STEPS, soco
 
 Progress = Callable[[float], None]
 
@@ -156,20 +156,21 @@ class Refinement:
         return self._spec.method.preset == "soco"
 
     def _soco(self, refined: Refined, progress: Progress) -> Refined:
-        alone = self._alone
+        alone, blocks = self._alone, self._blocks[TRAINING]
+        tokens = max(SCORING_TOKENS, STEPS * blocks.shape[1])
         chosen = soco(
             self._model,
             self._bank,
             self._space,
             self._kept,
-            blocks=self._blocks[TRAINING],
-            tokens=TRAINING_TOKENS,
+            blocks=blocks,
+            tokens=tokens,
             start=None if alone else refined.ranks,
             seed=self._spec.search.seed,
             state=self._file("soco"),
             progress=progress,
         )
-        facts = {"step": "soco", "tokens": TRAINING_TOKENS, "history": chosen.history}
+        facts = {"step": "soco", "tokens": tokens, "history": chosen.history}
         if not alone:
             before, after = self._losses(refined.pairs, chosen.pairs)
             facts |= {"before": before, "after": after}

@@ -23,9 +23,9 @@ The paper's abstract and reviews give the scores, the loss's ingredients and the
 the steering of its price, the lengths of the stages and all constants are a reconstruction; its unexplained deviation
 term is left out.
 
-Measured on a model of 3 M parameters at kept 0.25, after 102,000 tokens, by perplexity on the evaluation text: the
-prior 37.6; scores from the prior's ranks 35.2, from all components 36.0. With a penalty linear in the scores, the
-latter come to 68: most scores then end somewhere in between, and what was trained is not what is kept.
+Few tokens per step are enough: what is chosen does not become better, but worse, when the gradients are cleaner, since
+then fewer scores are driven to either end. On a model of 3 M parameters at kept 0.25, after 100 steps of 1,024, 3,072
+and 10,240 tokens, from all components, perplexity on held-out text of 40.1, 52 (other text) and 67.6; the prior, 42.6.
 
 .. [SOCO2025] SoCo, https://arxiv.org/abs/2502.15092
 """

@@ -91,7 +91,7 @@ Sampler = Annotated[
     str | None,
     typer.Option(
         "--sampler",
-        help="ranksearch, random, tpe, gp, cmaes, turbo, evolutionary, swaps, bolaco, bolaco-20.",
+        help="ranksearch, random, tpe, gp, cmaes, botorch, turbo, evolutionary, swaps, bolaco, bolaco-20.",
         rich_help_panel=SPEC,
     ),
 ]

@@ -87,6 +87,7 @@ class Job:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "TRAINING_TOKENS", 4000)
+    monkeypatch.setattr(refine, "SCORING_TOKENS", 4000)
     monkeypatch.setattr("ranksearch.worker.workbench.TRAINING_TOKENS", 4000)
 
 
