@@ -20,7 +20,12 @@ from ranksearch.service.store.workers import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """One per application."""
+    """One per application.
+
+    Attributes:
+        shown: The studies as the dashboard sees them: it keeps the finished trials of those it has read. SQLite gives
+            the ids of deleted studies to new ones, so studies are deleted through it.
+    """
 
     settings: Settings
     engine: Engine
@@ -30,6 +35,7 @@ class Context:
     artifacts: ArtifactStore
     queue: JobQueue
     studies: optuna.storages.RDBStorage
+    shown: optuna.storages.BaseStorage
 
     def close(self) -> None:
         """Close every connection."""
@@ -42,6 +48,7 @@ def open_context(settings: Settings) -> Context:
     """Bring the database up to date and open everything."""
     engine = open_database(settings)
     migrate(engine)
+    studies = optuna_storage(settings)
     return Context(
         settings=settings,
         engine=engine,
@@ -50,7 +57,8 @@ def open_context(settings: Settings) -> Context:
         checkpoints=Checkpoints(engine),
         artifacts=ArtifactStore.of(settings, engine),
         queue=JobQueue(settings.database),
-        studies=optuna_storage(settings),
+        studies=studies,
+        shown=optuna.storages.get_storage(studies),
     )
 
 
