@@ -9,6 +9,7 @@ import optuna
 from fastapi import Depends, Request
 from sqlalchemy import Engine
 
+from ranksearch.service.shown import Shown
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.database import migrate, open_database, optuna_storage
@@ -20,12 +21,7 @@ from ranksearch.service.store.workers import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """One per application.
-
-    Attributes:
-        shown: The studies as the dashboard sees them: it keeps the finished trials of those it has read. SQLite gives
-            the ids of deleted studies to new ones, so studies are deleted through it.
-    """
+    """One per application."""
 
     settings: Settings
     engine: Engine
@@ -35,7 +31,7 @@ class Context:
     artifacts: ArtifactStore
     queue: JobQueue
     studies: optuna.storages.RDBStorage
-    shown: optuna.storages.BaseStorage
+    shown: Shown
 
     def close(self) -> None:
         """Close every connection."""
@@ -58,7 +54,7 @@ def open_context(settings: Settings) -> Context:
         artifacts=ArtifactStore.of(settings, engine),
         queue=JobQueue(settings.database),
         studies=studies,
-        shown=optuna.storages.get_storage(studies),
+        shown=Shown(studies),
     )
 
 
