@@ -10,8 +10,8 @@ from optuna.storages import _CachedStorage
 from optuna.trial import FrozenTrial, TrialState
 
 DRAWN: Final = 60
-"""Trials of a study, the last ones, whose intermediate values are shown: the browser draws each as a line of its own,
-and the lines of 300 trials are about half the work of drawing the page."""
+"""Trials of a study, the last ones, whose intermediate values are shown: the browser draws a line for each that is
+complete, and 76 lines, of a search of 300 trials, took it about as long as the rest of the page."""
 
 
 class Shown(_CachedStorage):
