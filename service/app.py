@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(v1)
     app.include_router(health.router)
     problems.install(app)
-    app.router.routes.append(Dashboard(context.studies))
+    app.router.routes.append(Dashboard(context.shown))
     app.add_middleware(BodyLimit)
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(Requests)  # the last one added is the outermost

@@ -9,6 +9,7 @@ import optuna
 from fastapi import Depends, Request
 from sqlalchemy import Engine
 
+from ranksearch.service.shown import Shown
 from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.database import migrate, open_database, optuna_storage
@@ -30,6 +31,7 @@ class Context:
     artifacts: ArtifactStore
     queue: JobQueue
     studies: optuna.storages.RDBStorage
+    shown: Shown
 
     def close(self) -> None:
         """Close every connection."""
@@ -42,6 +44,7 @@ def open_context(settings: Settings) -> Context:
     """Bring the database up to date and open everything."""
     engine = open_database(settings)
     migrate(engine)
+    studies = optuna_storage(settings)
     return Context(
         settings=settings,
         engine=engine,
@@ -50,7 +53,8 @@ def open_context(settings: Settings) -> Context:
         checkpoints=Checkpoints(engine),
         artifacts=ArtifactStore.of(settings, engine),
         queue=JobQueue(settings.database),
-        studies=optuna_storage(settings),
+        studies=studies,
+        shown=Shown(studies),
     )
 
 

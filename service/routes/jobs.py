@@ -108,7 +108,7 @@ def delete(job_id: str, context: Ctx) -> None:
         raise Conflict(f"the job is {job.status}; cancel it first", status=job.status)
     for kept in job.spec["budget"]["kept"]:
         try:
-            optuna.delete_study(study_name=study_name(job_id, kept), storage=context.studies)
+            optuna.delete_study(study_name=study_name(job_id, kept), storage=context.shown)
         except KeyError:
             continue  # the search had not begun
     context.queue.delete_job(job_id)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
+import subprocess
+import sys
+from typing import Any
 
 import optuna
 import pytest
@@ -12,6 +16,8 @@ from optuna.trial import TrialState
 from ranksearch.search.trials import trials_of
 from ranksearch.service.context import Context
 from ranksearch.service.heatmap import shares_by_layer
+from ranksearch.service.shown import DRAWN
+from ranksearch.service.store.settings import Settings
 
 from . import studies
 from .studies import run_study
@@ -65,6 +71,60 @@ def test_large_answers_are_compressed(client: TestClient, study_id: int) -> None
     assert len(gzip.decompress(raw)) > 2 * len(raw)
     del client.headers["accept-encoding"]
     assert client.get("/static/bundle.js").status_code == 200
+
+
+def test_the_page_of_a_study_says_what_it_will_ask_for(client: TestClient, study_id: int) -> None:
+    links = client.get(f"/dashboard/studies/{study_id}").headers.get_list("link")
+    paths = [link[1 : link.index(">")] for link in links]
+    assert paths[0] == f"/api/studies/{study_id}?after=0"
+    assert [client.get(path).status_code for path in paths] == [200] * 3
+    assert "link" not in client.get("/dashboard/").headers
+
+
+def test_the_dashboard_is_served_without_torch(settings: Settings) -> None:
+    program = f"""
+import sys
+from fastapi.testclient import TestClient
+from ranksearch.service.app import create_app
+from ranksearch.service.store.settings import load_settings
+settings = load_settings(data_dir={str(settings.data_dir)!r}, database_url={settings.database!r})
+with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+    assert client.get("/dashboard/").status_code == 200
+assert "optuna_dashboard" in sys.modules
+assert "torch" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+
+
+def test_finished_trials_are_kept_and_the_rest_is_read_again(client: TestClient, context: Context) -> None:
+    writer, study = context.studies, optuna.create_study(storage=context.studies, study_name="job_a/0.5")
+    ids = [writer.create_new_trial(study._study_id) for _ in range(DRAWN + 2)]
+    for number, trial_id in enumerate(ids):
+        writer.set_trial_intermediate_value(trial_id, 0, float(number))
+    writer.set_trial_state_values(ids[0], TrialState.COMPLETE, [1.0])
+    first = context.shown.get_all_trials(study._study_id, deepcopy=False)
+    writer.set_trial_state_values(ids[-1], TrialState.COMPLETE, [0.5])
+    again = context.shown.get_all_trials(study._study_id, deepcopy=False)
+    assert [trial.number for trial in again] == [*range(DRAWN + 2)]
+    assert [first[-1].state, again[-1].state, again[0].values] == [TrialState.RUNNING, TrialState.COMPLETE, [1.0]]
+    assert [trial.intermediate_values for trial in again] == [{}, {}, *({0: float(n)} for n in range(2, DRAWN + 2))]
+    assert context.shown.get_best_trial(study._study_id).number == DRAWN + 1
+    assert context.shown.get_trial(ids[0]).intermediate_values == {0: 0.0}  # as it was read
+
+
+def test_a_study_with_the_id_of_a_deleted_one_shows_its_own_trials(
+    client: TestClient, context: Context, body: dict[str, Any]
+) -> None:
+    job = client.post("/v1/jobs", json=body).json()
+    study_id = run_study(context.studies, job["id"], kept=0.5, trials=3)._study_id
+    assert len(context.shown.get_all_trials(study_id)) == 3
+    context.jobs.set_running(job["id"], "w")
+    context.jobs.succeed(job["id"])
+    assert client.delete(job["links"]["self"]).status_code == 204
+    assert run_study(context.studies, "job_b", kept=0.5, trials=2, seed=1)._study_id == study_id
+    vectors = [trial.user_attrs["ranks"] for trial in context.shown.get_all_trials(study_id)]
+    assert vectors == [row["ranks"] for row in trials_of(context.studies, "job_b", 0.5)]
 
 
 def test_a_study_shows_the_ranks_of_its_best_trial_drawn_when_they_are_looked_at(
