@@ -23,6 +23,7 @@ import optuna
 import torch
 
 from ranksearch.search.allocate import Allocator
+from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.search.space import Ranks, RankSpace, uniform
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Search
 from ranksearch.search.study import RankStudy
@@ -37,7 +38,6 @@ from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.refine import Refined, Refinement
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import apart, cut, read_text, sample, tokenize
-from ranksearch.worker.workbench import GRADIENT_TOKENS
 
 BOLACO_TRIALS = 50
 

@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 import torch
 
+from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import Search
@@ -35,7 +36,6 @@ from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import cut, read_text, sample, tokenize
-from ranksearch.worker.workbench import GRADIENT_TOKENS
 
 
 def arguments() -> argparse.Namespace:

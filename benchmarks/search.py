@@ -32,7 +32,7 @@ import numpy as np
 import optuna
 import torch
 
-from ranksearch.search.gradients import Bands
+from ranksearch.search.gradients import GRADIENT_TOKENS, Bands
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.search.spec import Search
@@ -45,7 +45,6 @@ from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
 from ranksearch.worker.targets import find_targets
 from ranksearch.worker.text import cut, read_text, sample, tokenize
-from ranksearch.worker.workbench import GRADIENT_TOKENS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.search import synthetic

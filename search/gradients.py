@@ -8,12 +8,12 @@ Notation, for a target at rank r:
     first      components low+1..r, which would be the first to go; next: components r+1..high, the next to come
     less       - sum of dL/ds_j over `first`;  more: the same over `next`
 
-    k          nats per unit of E: less + more of all targets together by their E(low) - E(high)
+    k          nats per unit of E: less + more of all targets together by twice their E(r) - E(high)
 
 If the loss by a gate is k D (1 - s)^2 plus a slope, where E says D, then removing `first` costs
 `less + k (E(low) - E(r))` and adding `next` saves `more - k (E(r) - E(high))`. The log of how far their sum is from the
-predicted k (E(low) - E(high)) is the target's sensitivity as measured there. It holds nearby, so what several vectors
-say is averaged, the later ones more.
+predicted k (E(low) - E(high)) is the target's sensitivity as measured there; with k as above they are 1 on average. It
+holds nearby, so what several vectors say is averaged, the later ones more.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ from ranksearch.search.space import Floats, Ranks, RankSpace
 
 GRADIENTS = "ranksearch:gradients"
 """The trial's system attribute with `less` and `more`, packed."""
+GRADIENT_TOKENS = 16384
+"""Tokens that they are measured on, at least; otherwise as many as the evaluation has."""
 MEASURED = 4
-"""Trials of a search whose gradients are measured; each is some three evaluations."""
+"""Trials of a search whose gradients are measured, the first that have a score; each is some three evaluations."""
+OFF = "ranksearch:no gradients"
+"""The study's system attribute that says why none are measured any more."""
 _BAND = 0.15
 """Components looked at in either direction, as a share of the rank."""
 _STEP = 0.5
@@ -104,11 +108,12 @@ def log_sensitivities(allocator: Allocator, ranks: Ranks, less: Floats, more: Fl
     first = allocator.tail_loss(around.low) - allocator.tail_loss(around.rank)
     following = allocator.tail_loss(around.rank) - allocator.tail_loss(around.high)
     predicted = first + following
-    known = (around.low < around.high) & (predicted > 0)
-    slopes = np.where(known, np.nan_to_num(less + more), 0.0)
-    unit = slopes.sum() / predicted[known].sum() if known.any() else 0.0
-    if unit <= 0:
-        return np.zeros(len(ranks))  # all components together do harm: there is nothing to be learned
+    known = (around.low < around.high) & (predicted > 0) & np.isfinite(less + more)
+    slopes = np.where(known, less + more, 0.0)
+    saved = following[known].sum()
+    if saved <= 0 or slopes.sum() <= 0:
+        return np.zeros(len(ranks))  # all is dense, or all components do harm: there is nothing to be learned
+    unit = slopes.sum() / (2 * saved)
     share = np.divide(slopes / unit + first - following, predicted, out=np.ones_like(predicted), where=known)
     z = np.log(np.maximum(share, _LEAST))
     return np.where(known, z - z[known].mean(), 0.0)

@@ -40,8 +40,14 @@ Step = Literal["sequential", "distill", "soco"]
 #: Tokens that `distill` trains on, and those of text that are set aside for it and for `soco`.
 TRAINING_TOKENS = 1_000_000
 
-#: Tokens that `soco` trains on, where its steps do not take more.
-SCORING_TOKENS = 102_400
+#: Steps that `soco` trains for, and tokens that these take together, where a sequence is not longer than one's share.
+SCORING_STEPS, SCORING_TOKENS = 100, 102_400
+
+
+def scoring_tokens(length: int) -> int:
+    """Tokens that `soco` trains on, in sequences of a length."""
+    return max(SCORING_TOKENS, SCORING_STEPS * length)
+
 
 #: Trials that a budget may have.
 MOST_TRIALS = 10_000

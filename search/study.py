@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import POINT, Draw, stable
-from ranksearch.search.gradients import GRADIENTS, MEASURED, Bands, bands, pack_gradients
+from ranksearch.search.gradients import GRADIENTS, MEASURED, OFF, Bands, bands, pack_gradients
 from ranksearch.search.objective import METRICS
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.prices import as_document
@@ -202,6 +202,8 @@ class RankStudy:
         The default sampler asks for those of its first vectors.
         """
         trials = self._trials()
+        if OFF in self._storage.get_study_system_attrs(self._study_id):
+            return None
         known = sum(GRADIENTS in trial.system_attrs for trial in trials)
         trial = trials[number]
         wanted = trial.user_attrs["origin"] in ("prior", "search") and GRADIENTS not in trial.system_attrs
@@ -209,13 +211,17 @@ class RankStudy:
             return None
         return bands(self.space, self.space.unpack(trial.user_attrs[RANKS]))
 
+    def go_without_gradients(self, reason: str) -> None:
+        """Ask for no gradients any more, whoever goes on with the study."""
+        self._storage.set_study_system_attr(self._study_id, OFF, reason[:1000])
+
     def tell_gradients(self, number: int, gradients: Mapping[str, Sequence[float]]) -> None:
         """Record the gradients of a trial that is not finished.
 
         Args:
             number: Trial number.
-            gradients: Target -> the loss' gradient by gates on its components, nats per token, summed over `low` to
-                `rank` of `bands` and over `rank` to `high`.
+            gradients: Target -> gradient of the negative log-likelihood, whatever the objective, by gates on its
+                components, nats per token, summed over `low` to `rank` of `bands` and over `rank` to `high`.
         """
         self._storage.set_trial_system_attr(self._trial_id(number), GRADIENTS, pack_gradients(self.space, gradients))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final
@@ -10,11 +11,11 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
-from ranksearch.search.gradients import MEASURED
+from ranksearch.search.gradients import GRADIENT_TOKENS, MEASURED
 from ranksearch.search.plan import check_budget, check_trials, sampled_space, sampler_of
 from ranksearch.search.probes import planned_trials
 from ranksearch.search.space import RankSpace, uniform
-from ranksearch.search.spec import SCORING_TOKENS, TRAINING_TOKENS, JobSpec
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, scoring_tokens
 from ranksearch.search.targets import Target
 from ranksearch.service.models import Tensors, find_targets
 from ranksearch.service.problems import at
@@ -266,24 +267,34 @@ def _searched(spec: JobSpec, space: RankSpace, model: int) -> int:
     if spec.method.preset == "asvd":
         # a probe leaves all targets but one dense, and serves every budget
         return (max(trials) - 1) * model + sum(trial)
-    if sampler_of(spec) == "ranksearch":
-        trials = [count + 2 * min(MEASURED, count) for count in trials]  # gradients: forward and back
+    if sampler_of(spec) == "ranksearch":  # gradients: forward and back, on as much text as this
+        extra = math.ceil(2 * max(1.0, GRADIENT_TOKENS / _evaluated(spec)))
+        trials = [count + extra * min(MEASURED, count) for count in trials]
     return sum(count * cost for count, cost in zip(trials, trial, strict=True))
+
+
+def _evaluated(spec: JobSpec) -> int:
+    """Tokens of the evaluation."""
+    return spec.evaluation.sequences * (spec.evaluation.sequence_length or spec.calibration.sequence_length)
 
 
 def _refined_tokens(spec: JobSpec, tokens: int) -> float:
     """Operations of the steps after the search, per parameter of the model, for `tokens` of calibration text."""
     # three strengths, each about ten runs of every block; training: the teacher once, the student forward and back
-    once = {"sequential": 3 * 10 * 2 * tokens, "distill": 10 * TRAINING_TOKENS, "soco": 18 * SCORING_TOKENS}
+    once = {
+        "sequential": 3 * 10 * 2 * tokens,
+        "distill": 10 * TRAINING_TOKENS,
+        "soco": 18 * scoring_tokens(spec.calibration.sequence_length),
+    }
     return sum(once[step] for step in spec.method.steps)
 
 
 def _minutes(spec: JobSpec, space: RankSpace, model: int, flops: float) -> dict[str, float]:
     """Operations / speed: 2 per parameter and token forward, twice that backward."""
-    calibration, evaluation = spec.calibration, spec.evaluation
+    calibration = spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
-    evaluated = evaluation.sequences * (evaluation.sequence_length or calibration.sequence_length)
-    tested = sum((test.sequences or 512) * calibration.sequence_length for test in evaluation.test)
+    evaluated = _evaluated(spec)
+    tested = sum((test.sequences or 512) * calibration.sequence_length for test in spec.evaluation.test)
     targets = space.targets
     # forward, or forward and back; the gradients of weights are one more product
     passes = {"weight": 0, "two_sided": 6, "fisher": 8, "attribution": 6}.get(spec.method.metric, 2)

@@ -20,6 +20,12 @@ class Shown(_CachedStorage):
     SQLite gives the ids of deleted studies to new ones, so studies are deleted through it.
     """
 
+    def delete_study(self, study_id: int) -> None:
+        """Deletes a study, and forgets what a page that was open read of it meanwhile."""
+        super().delete_study(study_id)
+        with self._lock:
+            self._studies.pop(study_id, None)
+
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:

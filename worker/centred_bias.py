@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 
 class CentredBias:
-    """`b + (W - left right) mean`: the mean output is exact whatever the factors lack."""
+    """`b + (W - left right) mean`: the mean output is exact whatever the factors lack.
+
+    Attributes:
+        mean: Of the inputs, `n`.
+    """
 
     def __init__(self, dense: nn.Linear, mean: Tensor) -> None:
         """Multiplies the mean out, which every rank needs.
@@ -21,13 +25,13 @@ class CentredBias:
         """
         weight = dense.weight.detach()
         self._like = weight.new_empty(0)
-        self._mean = mean.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        self._output = weight.to(self._mean) @ self._mean
+        self.mean = mean.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self._output = weight.to(self.mean) @ self.mean
         if dense.bias is not None:
             self._output += dense.bias.detach()
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         """`m`, in the layer's dtype and on its device, of factors `m x r` and `r x n`."""
-        mean = self._mean.to(right.device)
+        mean = self.mean.to(right.device)
         kept = left.to(mean) @ (right.to(mean) @ mean)
         return (self._output - kept.to(self._output)).to(self._like)

@@ -4,7 +4,8 @@ With a gate s_j on component j of a target, y = left' (s * (right x)), 1 on thos
 
     dL/ds_j = sum over tokens of (right_j x) (left_j' dL/dy)
 
-so one backward pass of the model as it runs tells it for all components of all targets.
+with x less its mean where a bias makes up for the mean of what is left out. So one backward pass of the model as it
+runs tells it for all components of all targets.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class _Gates:
     @torch.no_grad()
     def _add(self, name: str, module: PrefixLinear, x: Tensor, gradient: Tensor) -> None:
         low, *edges = self._edges[name]
-        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        x, gradient = module.passed(x).flatten(0, -2), gradient.flatten(0, -2)
         for index, high in enumerate(edges):
             if high > low:
                 left, right = module.components(low, high)

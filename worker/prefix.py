@@ -63,6 +63,10 @@ class PrefixLinear(nn.Module):
         left, right = self._factors
         return left[low:high], right[low:high]
 
+    def passed(self, x: Tensor) -> Tensor:
+        """The part of the inputs `... x n` that goes through the components; the bias sees to the rest of it."""
+        return x if self._centred is None else x - self._centred.mean.to(x)
+
     def set_rank(self, rank: int | None) -> None:
         """Chooses the first `rank` components, or the dense weight for None."""
         left, right = self._factors

@@ -20,7 +20,7 @@ from torch import Tensor
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.objective import METRICS, score_of
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import SCORING_TOKENS, TRAINING_TOKENS, JobSpec, Step
+from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Step, scoring_tokens
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, leaders
@@ -28,7 +28,7 @@ from ranksearch.worker.distill import distill
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.prefix import Pair, PrefixModel
 from ranksearch.worker.sequential import resolve
-from ranksearch.worker.soco import STEPS, soco
+from ranksearch.worker.soco import soco
 
 Progress = Callable[[float], None]
 
@@ -157,7 +157,7 @@ class Refinement:
 
     def _soco(self, refined: Refined, progress: Progress) -> Refined:
         alone, blocks = self._alone, self._blocks[TRAINING]
-        tokens = max(SCORING_TOKENS, STEPS * blocks.shape[1])
+        tokens = scoring_tokens(blocks.shape[1])
         chosen = soco(
             self._model,
             self._bank,

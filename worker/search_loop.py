@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 
-from ranksearch.search.errors import JobNotFound, NumericalError, OutOfMemory, UnsupportedModel
+from ranksearch.search.errors import JobNotFound, NumericalError, RanksearchError
 from ranksearch.search.objective import METRICS
 from ranksearch.search.study import Proposal, RankStudy, study_name
 from ranksearch.search.trials import may_be_best
@@ -101,7 +101,6 @@ class _Search:
         self._spec = run.spec.search
         self._seconds = [row["seconds"] for row in study.history() if row["seconds"]]
         kept = run.spec.budget.kept
-        self._measures = True
         self._budgets, self._index = len(kept), kept.index(study.kept)
 
     def run(self) -> None:
@@ -142,17 +141,16 @@ class _Search:
 
     def _measure(self, proposal: Proposal) -> None:
         """Have gradients measured where they inform the search; without them it goes by scores alone."""
-        if not self._measures or (bands := self._study.bands(proposal.number)) is None:
+        if (bands := self._study.bands(proposal.number)) is None:
             return
         space = self._study.space
         ranks, edges = space.as_dict(proposal.ranks), bands.edges(space)
         try:
-            found = self._run.ask("gradients", ranks=ranks, edges=edges, progress=_silent)
-        except (OutOfMemory, UnsupportedModel) as error:
-            self._measures = False
-            told = (
-                f"The search at kept {self._study.kept:g} goes on by scores alone, without gradients: {error.message}"
-            )
+            found = self._run.ask_once("gradients", ranks=ranks, edges=edges, progress=_silent)
+        except RanksearchError as error:  # a search can do without
+            self._study.go_without_gradients(error.message)
+            told = f"The search at kept {self._study.kept:g} goes on by scores alone, without gradients: "
+            told += error.message
             self._run.tell("warning", message=told)
             return
         self._study.tell_gradients(proposal.number, found)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
+from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.search.objective import METRICS
 from ranksearch.search.plan import check_searches
 from ranksearch.search.prices import as_document, read_prices
@@ -43,9 +44,6 @@ from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
 Progress = Callable[[float], None]
-
-#: Tokens that gradients are measured on, at least; otherwise as many as the evaluation has.
-GRADIENT_TOKENS = 16384
 
 #: Share of a device that the factors leave free for activations and logits; they stay on the CPU otherwise.
 SPARE = 0.15

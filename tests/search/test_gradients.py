@@ -69,13 +69,27 @@ def test_sensitivities_are_those_of_a_loss_that_is_quadratic_in_the_gates() -> N
     below = allocator.tail_loss(around.low) - allocator.tail_loss(around.rank)
     known = around.low < around.high
     # a loss whose gates are worth exp(z) of what is predicted on either side, in another unit
-    hidden -= np.log(np.sum(np.exp(hidden) * (above + below)) / np.sum(2 * below))
+    hidden -= np.log(np.sum((np.exp(hidden) * (above + below))[known]) / np.sum((above + below)[known]))
     less, more = 7 * (np.exp(hidden) - 1) * below, 7 * (np.exp(hidden) + 1) * above
     found = log_sensitivities(allocator, ranks, less, more)
     np.testing.assert_allclose(found[known], (hidden - hidden[known].mean())[known], atol=1e-9)
-    # what is not finite or says that components do harm counts for little, and breaks nothing
-    odd = log_sensitivities(allocator, ranks, np.full(len(ranks), np.nan), np.full(len(ranks), -1e9))
-    assert np.isfinite(odd).all()
+    # components that do harm, all together, tell nothing
+    assert not log_sensitivities(allocator, ranks, less, np.full(len(ranks), -1e9)).any()
+    # what is not finite is not known
+    broken = np.where(np.arange(len(ranks)) < 4, np.nan, more)
+    np.testing.assert_array_equal(log_sensitivities(allocator, ranks, less, broken)[:4], np.zeros(4))
+    assert np.isfinite(log_sensitivities(allocator, ranks, less, broken)).all()
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.8])
+def test_a_prior_that_is_right_is_left_as_it_is_dense_targets_too(kept: float) -> None:
+    space = llama_space(blocks=2)
+    allocator = Allocator(space, power_spectra(space))
+    ranks = allocator.prior(kept)
+    around = bands(space, ranks)
+    more = 3 * 2 * (allocator.tail_loss(around.rank) - allocator.tail_loss(around.high))
+    found = log_sensitivities(allocator, ranks, np.zeros(len(ranks)), more)
+    np.testing.assert_allclose(found, np.zeros(len(ranks)), atol=1e-9)
 
 
 def test_gradients_of_the_first_vectors_lead_most_of_the_way_to_the_optimum() -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ranksearch.worker import component_gradients as module
 from ranksearch.worker.bank import build_bank
+from ranksearch.worker.calibrate import calibrate
 from ranksearch.worker.component_gradients import component_gradients
 from ranksearch.worker.placement import fetch_blocks
 from ranksearch.worker.prefix import PrefixModel
@@ -29,9 +30,12 @@ def parts(request, tiny):
 class Gated(nn.Module):
     """All components of a layer, each times its gate."""
 
-    def __init__(self, dense: nn.Linear, left: torch.Tensor, right: torch.Tensor, rank: int) -> None:
+    def __init__(
+        self, dense: nn.Linear, left: torch.Tensor, right: torch.Tensor, rank: int, mean: torch.Tensor | None
+    ) -> None:
         super().__init__()
         self.dense, self.left, self.right = dense, left, right
+        self.mean = torch.zeros(dense.in_features) if mean is None else mean
         self.gates = (torch.arange(len(right)) < rank).float().requires_grad_()
 
     @property
@@ -39,14 +43,15 @@ class Gated(nn.Module):
         return self.dense.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self.right) * self.gates, self.left.mT, self.dense.bias)
+        about = self.dense(self.mean) if self.mean.any() else self.dense.bias
+        return F.linear(F.linear(x - self.mean, self.right) * self.gates, self.left.mT, about)
 
 
 def by_autograd(model, targets, bank, ranks, edges, blocks) -> dict[str, list[float]]:
     gated = {}
     for t in targets:
         dense = model.get_submodule(t.name)
-        gated[t.name] = Gated(dense, bank.left[t.name], bank.right[t.name], ranks[t.name])
+        gated[t.name] = Gated(dense, bank.left[t.name], bank.right[t.name], ranks[t.name], bank.means.get(t.name))
         model.set_submodule(t.name, gated[t.name])
     logits = model(input_ids=blocks).logits[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).backward()
@@ -65,6 +70,21 @@ def test_they_are_the_gradients_by_gates(parts, blocks, monkeypatch):
         assert found.keys() == edges.keys()
         for name, values in expected.items():
             assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-6), name
+
+
+def test_a_mean_that_the_bias_keeps_is_no_part_of_a_component(tiny, blocks):
+    model = tiny()
+    targets = find_targets(model)
+    calibration = calibrate(model, targets, blocks, pool=2)
+    bank = build_bank(model, targets, calibration, metric="centred")
+    assert all(bank.means[t.name].abs().max() > 0.01 for t in targets)
+    ranks, edges = {t.name: 3 for t in targets}, {t.name: [2, 3, 5] for t in targets}
+    expected = by_autograd(model, targets, bank, ranks, edges, blocks[:4])
+    with PrefixModel(model, bank, targets) as prefix:
+        prefix.set_ranks(ranks)
+        found = component_gradients(prefix, edges, blocks[:4])
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-6), name
 
 
 def test_a_fetched_model_gives_the_same_block_by_block(tiny, blocks):

@@ -15,9 +15,9 @@ from torch import nn
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.errors import NumericalError
 from ranksearch.search.space import RankSpace
-from ranksearch.search.spec import JobSpec
+from ranksearch.search.spec import JobSpec, scoring_tokens
 from ranksearch.search.targets import Target
-from ranksearch.worker import refine
+from ranksearch.worker import refine, soco
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import load_blocks
 from ranksearch.worker.models import load_model
@@ -87,8 +87,12 @@ class Job:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "TRAINING_TOKENS", 4000)
-    monkeypatch.setattr(refine, "SCORING_TOKENS", 4000)
+    monkeypatch.setattr(refine, "scoring_tokens", lambda length: 4000)
     monkeypatch.setattr("ranksearch.worker.workbench.TRAINING_TOKENS", 4000)
+
+
+def test_an_estimate_knows_the_steps_that_soco_takes() -> None:
+    assert scoring_tokens(10_000) == soco.STEPS * 10_000
 
 
 @pytest.fixture
