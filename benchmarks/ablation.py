@@ -23,14 +23,13 @@ import optuna
 import torch
 
 from ranksearch.search.allocate import Allocator
-from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.search.space import Ranks, RankSpace, uniform
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Search
 from ranksearch.search.study import RankStudy
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import CALIBRATION, EVALUATION, TRAINING
 from ranksearch.worker.calibrate import Calibration, calibrate
-from ranksearch.worker.component_gradients import component_gradients
+from ranksearch.worker.component_gradients import component_gradients, gradient_text
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
@@ -130,9 +129,9 @@ class Ground:
         while (proposal := study.ask()) is not None:
             prefix.set_ranks(space.as_dict(proposal.ranks))
             score = text.score(self.model).perplexity
-            if (around := study.bands(proposal.number)) is not None:
-                some = self.blocks[CALIBRATION][: -(-GRADIENT_TOKENS // self.args.sequence_length)]
-                study.tell_gradients(proposal.number, component_gradients(prefix, around.edges(space), some))
+            if (edges := study.bands(proposal.number)) is not None:
+                some = gradient_text(self.blocks[CALIBRATION], text.dense.tokens)
+                study.tell_gradients(proposal.number, component_gradients(prefix, edges, some))
             study.tell(proposal.number, score=score, scores={"perplexity": score}, seconds=0.0, worker="here")
         assert study.best is not None
         return study.best.ranks

@@ -137,7 +137,7 @@ class Browser:
             raw, _, self._buffer = self._buffer.partition(b"\0")
             answer: dict[str, Any] = json.loads(raw)
             if answer.get("id") == self._calls:
-                return answer["result"]  # type: ignore[no-any-return]
+                return answer["result"]
             if answer.get("method") == "Network.loadingFinished" and (size := answer["params"]["encodedDataLength"]):
                 self.received += int(size)
                 self.requests += 1

@@ -21,7 +21,6 @@ from typing import Any
 import optuna
 import torch
 
-from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import Search
@@ -29,7 +28,7 @@ from ranksearch.search.study import RankStudy
 from ranksearch.search.targets import Metric
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.calibrate import calibrate
-from ranksearch.worker.component_gradients import component_gradients
+from ranksearch.worker.component_gradients import component_gradients, gradient_text
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
@@ -101,9 +100,9 @@ class Bench:
                 prefix.set_ranks(self.space.as_dict(proposal.ranks))
                 score = self.text.score(self.model)
                 scores = {"perplexity": score.perplexity, "kl": score.kl}
-                if (around := study.bands(proposal.number)) is not None:
-                    some = self.calibration_blocks[: -(-GRADIENT_TOKENS // self.args.sequence_length)]
-                    study.tell_gradients(proposal.number, component_gradients(prefix, around.edges(self.space), some))
+                if (edges := study.bands(proposal.number)) is not None:
+                    some = gradient_text(self.calibration_blocks, self.text.dense.tokens)
+                    study.tell_gradients(proposal.number, component_gradients(prefix, edges, some))
                 study.tell(proposal.number, score=score.perplexity, scores=scores, seconds=0.0, worker="benchmark")
             seconds = time.perf_counter() - begun
             assert study.best is not None

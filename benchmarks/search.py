@@ -32,14 +32,13 @@ import numpy as np
 import optuna
 import torch
 
-from ranksearch.search.gradients import GRADIENT_TOKENS, Bands
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import Ranks, RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.calibrate import calibrate
-from ranksearch.worker.component_gradients import component_gradients
+from ranksearch.worker.component_gradients import component_gradients, gradient_text
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
@@ -81,7 +80,7 @@ class Problem:
     figure: Callable[[float], float]
     rising: bool = False
     test: Callable[[Ranks], float] | None = None
-    gradients: Callable[[Ranks, Bands], dict[str, list[float]]] | None = None
+    gradients: Callable[[Ranks, dict[str, list[int]]], dict[str, list[float]]] | None = None
     gradient_cost: int = 0
 
 
@@ -127,7 +126,7 @@ def real_problems(
         "evaluation": Evaluation(model, train[following]),
         "test": Evaluation(model, cut(ids["test"], length)[:512]),
     }
-    measuring = train[chosen][: -(-max(GRADIENT_TOKENS, args.evaluation * length) // length)]
+    measuring = gradient_text(train[chosen], texts["evaluation"].dense.tokens)
     known: dict[tuple[str, str], float] = {}
 
     with PrefixModel(model, bank, targets) as prefix:
@@ -142,9 +141,9 @@ def real_problems(
         def excess(text: str, perplexity: float) -> float:
             return float(np.log(perplexity / texts[text].dense.perplexity))
 
-        def gradients(ranks: Ranks, around: Bands) -> dict[str, list[float]]:
+        def gradients(ranks: Ranks, edges: dict[str, list[int]]) -> dict[str, list[float]]:
             prefix.set_ranks(space.as_dict(ranks))
-            return component_gradients(prefix, around.edges(space), measuring)
+            return component_gradients(prefix, edges, measuring)
 
         def problem(kept: float, seed: int) -> Problem:
             return Problem(
@@ -204,12 +203,12 @@ def run(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any
         if proposal is None:
             break
         score = problem.score(proposal.ranks)
-        around = study.bands(proposal.number) if problem.gradients else None
-        if problem.gradients and around is not None:
-            study.tell_gradients(proposal.number, problem.gradients(proposal.ranks, around))
+        edges = study.bands(proposal.number) if problem.gradients else None
+        if problem.gradients and edges is not None:
+            study.tell_gradients(proposal.number, problem.gradients(proposal.ranks, edges))
         study.tell(proposal.number, score=score, scores={}, seconds=0.0, worker="benchmark")
         curve.append(min(score, curve[-1] if curve else score))
-        curve += [curve[-1]] * (problem.gradient_cost if around is not None else 0)
+        curve += [curve[-1]] * (problem.gradient_cost if edges is not None else 0)
     assert study.best is not None
     return {
         "sampler": sampler,

@@ -21,13 +21,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from optuna.trial import FrozenTrial
 
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import RANKS
 from ranksearch.search.space import Floats, Ranks, RankSpace
+
+if TYPE_CHECKING:  # gradients are measured where there may be no optuna
+    from optuna.trial import FrozenTrial
 
 GRADIENTS = "ranksearch:gradients"
 """The trial's system attribute with `less` and `more`, packed."""

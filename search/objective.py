@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Objective = Literal["perplexity", "kl", "both"]
 
@@ -30,6 +30,11 @@ def score_of(values: Sequence[float], dense_score: float) -> float:
         return values[0]
     perplexity, kl = values
     return math.log(perplexity / dense_score) + kl
+
+
+def objective_of(scores: Mapping[str, Any], objective: Objective, dense_score: float) -> float:
+    """That number of all scores by name."""
+    return score_of([scores[name] for name in METRICS[objective]], dense_score)
 
 
 def caption(objective: str) -> str:

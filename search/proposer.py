@@ -106,7 +106,7 @@ class Proposer:
             if self._space.pack(ranks) not in seen:
                 return Draw(ranks=ranks), origin
         if self._baseline is None:
-            drawn = Draw(ranks=self.rank_sampler(measured(self._allocator, trials)).propose(trials, len(trials)))
+            drawn = Draw(ranks=self.rank_sampler(trials).propose(trials, len(trials)))
         else:
             drawn = self._baseline.propose(trials, len(trials))
         return self._unseen(drawn, seen, len(trials)), "search"
@@ -116,12 +116,8 @@ class Proposer:
         """Whether the next vectors depend on component gradients of earlier ones."""
         return self._preset.ranks == "search" and self._baseline is None
 
-    def rank_sampler(self, measured: Floats | None = None) -> RankSampler:
-        """The default sampler, with what the other studies have by now.
-
-        Args:
-            measured: Log sensitivities that gradients have told, `(d,)`.
-        """
+    def rank_sampler(self, trials: Sequence[FrozenTrial] = ()) -> RankSampler:
+        """The default sampler, with what the gradients of these trials say, and the other studies by now."""
         # torch and BoTorch load here, so that reading a study needs neither
         from ranksearch.search.sampler import RankSampler
 
@@ -132,7 +128,7 @@ class Proposer:
             objective=self._spec.objective,
             dense_score=self._dense_score,
             siblings=[*self._budgets_of_this_job(), *self.earlier],
-            measured=measured,
+            measured=measured(self._allocator, trials),
         )
 
     @cached_property

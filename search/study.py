@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import POINT, Draw, stable
-from ranksearch.search.gradients import GRADIENTS, MEASURED, OFF, Bands, bands, pack_gradients
+from ranksearch.search.gradients import GRADIENTS, MEASURED, OFF, bands, pack_gradients
 from ranksearch.search.objective import METRICS
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.prices import as_document
@@ -37,7 +37,7 @@ from ranksearch.search.trials import (
     DENSE,
     RESULT,
     SPACE,
-    best_trial,
+    best_of,
     picture_attribute,
     row,
     space_of,
@@ -165,7 +165,7 @@ class RankStudy:
     @property
     def best(self) -> Proposal | None:
         """The complete trial with the smallest score, the first one on ties; None before the first. Never a probe."""
-        best = best_trial(self._storage, self._study_id)
+        best = self._best_trial()
         return self._proposal(best) if best is not None else None
 
     def history(self) -> list[dict[str, Any]]:
@@ -196,20 +196,22 @@ class RankStudy:
         self._offered.add(trial.number)
         return self._proposal(trial)
 
-    def bands(self, number: int) -> Bands | None:
+    def bands(self, number: int) -> dict[str, list[int]] | None:
         """The components whose gradients at a trial's vector would inform the search; None where none would.
 
         The default sampler asks for those of its first vectors.
+
+        Returns:
+            Target -> `low`, `rank` and `high` of `Bands`.
         """
+        if not self.proposer.uses_gradients or OFF in self._storage.get_study_system_attrs(self._study_id):
+            return None
         trials = self._trials()
-        if OFF in self._storage.get_study_system_attrs(self._study_id):
-            return None
-        known = sum(GRADIENTS in trial.system_attrs for trial in trials)
-        trial = trials[number]
+        trial, known = trials[number], sum(GRADIENTS in trial.system_attrs for trial in trials)
         wanted = trial.user_attrs["origin"] in ("prior", "search") and GRADIENTS not in trial.system_attrs
-        if not (self.proposer.uses_gradients and wanted and known < MEASURED):
+        if not wanted or known >= MEASURED:
             return None
-        return bands(self.space, self.space.unpack(trial.user_attrs[RANKS]))
+        return bands(self.space, self.space.unpack(trial.user_attrs[RANKS])).edges(self.space)
 
     def go_without_gradients(self, reason: str) -> None:
         """Ask for no gradients any more, whoever goes on with the study."""
@@ -281,7 +283,7 @@ class RankStudy:
             return False
         known = self._losses.get(number, []) if step else []
         self._losses[number] = [*known, *losses]
-        best = best_trial(self._storage, self._study_id) if origin == "search" else None
+        best = self._best_trial() if origin == "search" else None
         packed = best.system_attrs.get(LOSSES) if best is not None else None
         return packed is not None and is_worse(self._losses[number], unpack_losses(packed))
 
@@ -317,6 +319,10 @@ class RankStudy:
         """Packed vector -> scores, of all that the job's other budgets have measured so far."""
         rows = (row for kept in self.proposer.other_budgets for row in trials_of(self._storage, self._job_id, kept))
         return {row["ranks"]: row["scores"] for row in rows if row["state"] == "COMPLETE"}
+
+    def _best_trial(self) -> FrozenTrial | None:
+        complete = self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        return best_of(complete, self.dense_score)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study_id, deepcopy=False)

@@ -81,7 +81,11 @@ def may_be_best(state: str, origin: str | None) -> bool:
 def best_trial(storage: BaseStorage, study_id: int) -> FrozenTrial | None:
     """The complete trial with the smallest score, the first one on ties."""
     trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    dense_score = _dense_score(storage, study_id)
+    return best_of(trials, _dense_score(storage, study_id))
+
+
+def best_of(trials: Sequence[FrozenTrial], dense_score: float) -> FrozenTrial | None:
+    """The same of a study's trials, where the score of the dense model is known."""
     able = (t for t in trials if may_be_best(t.state.name, t.user_attrs.get("origin")))
     found = [(score_of(t.values, dense_score), t.number, t) for t in able]
     return min(found)[2] if found else None

@@ -20,9 +20,7 @@ is noted along the way.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,11 +29,10 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranksearch.search.targets import Target
+from ranksearch.worker.backward import sweep_text
 from ranksearch.worker.calibration_file import CalibrationWriter, bytes_of
-from ranksearch.worker.frozen import frozen
 from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.loss_slope import SlopeOfLoss
 from ranksearch.worker.metrics import Needs, Only
@@ -44,8 +41,7 @@ from ranksearch.worker.readout import Readout
 from ranksearch.worker.residual_stream import by_block
 from ranksearch.worker.sections import Groups, Section, plan_sections
 from ranksearch.worker.spread import devices_of
-from ranksearch.worker.stream import BlockStream
-from ranksearch.worker.sweep import Sweep, WholeModel
+from ranksearch.worker.sweep import Sweep
 
 Progress = Callable[[float], None]
 Complete = Callable[["Calibration"], None]
@@ -149,28 +145,23 @@ def calibrate(
     needs = Needs(gradients=gradients, pool=pool, only=only)
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
-    free = min(map(free_bytes, devices_of(model)))
-    limit = min(MOST_ON_DEVICE, free // 2) if memory_limit is None else memory_limit
+    limit = most_at_once(model) if memory_limit is None else memory_limit
     sections = plan_sections(model, groups, blocks, bytes_of=partial(bytes_of, needs=needs), limit=limit)
-    whole = sections[0].parts is None
     rows = 1 if only == "fisher" else max(1, batch_tokens // blocks.shape[1])
     slope = SlopeOfLoss(readout, drawn=labels == "model")
     with CalibrationWriter(groups, needs, blocks, file) as writer:
-        while True:
-            rows = rows if pool is None else math.gcd(rows, pool)  # no batch in two pools
-            try:
-                stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
-                parts = [section.parts or range(1) for section in sections]
-                sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
-                with differentiable(model), repeatable(readout.device):
-                    _collect(model, sections, sweep, slope, writer, needs=needs, progress=progress, complete=complete)
-                break
-            except torch.OutOfMemoryError:
-                if rows == 1:
-                    raise
-                rows //= 2
-                stream = sweep = None  # type: ignore[assignment]  # before others are made
+
+        def collect(sweep: Sweep) -> None:
+            _collect(model, sections, sweep, slope, writer, needs=needs, progress=progress, complete=complete)
+
+        sweep_text(model, readout, sections, blocks, rows=rows, pool=pool, scratch=scratch, run=collect)
     return Calibration._of(writer.tensors, writer.facts) if file is None else Calibration.load(file)
+
+
+def most_at_once(model: nn.Module) -> int:
+    """Bytes of sums, and of weights that have to be fetched, to hold beside a model: `MOST_ON_DEVICE`, or half of what
+    is free if less."""
+    return min(MOST_ON_DEVICE, min(map(free_bytes, devices_of(model))) // 2)
 
 
 def _collect(
@@ -232,16 +223,6 @@ def leaders(model: nn.Module, targets: Sequence[Target], blocks: Tensor) -> dict
     return {target.name: group[0].name for group in groups for target in group}
 
 
-@contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """On CUDA, attention whose backward pass adds up in a fixed order; the fused kernels use atomic additions."""
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 @torch.no_grad()
 def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout, blocks: Tensor) -> Groups:
     """Groups targets that were fed the very same tensor objects in a short forward pass."""
@@ -262,22 +243,3 @@ def _shared_inputs(model: nn.Module, targets: Sequence[Target], readout: Readout
         key = tuple(id(x) for x in calls) or (target.name,)
         groups.setdefault((*key, target.in_features), []).append(target)
     return list(groups.values())
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no parameter asks for a gradient, and the embedding's output does, so that activations are
-    differentiated."""
-    training = model.training
-    model.eval()
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    # the copy is no leaf, so a model may scale its embeddings in place
-    hook = embedding.register_forward_hook(
-        lambda module, args, output: output.requires_grad_().clone() if torch.is_grad_enabled() else output
-    )
-    try:
-        with frozen(model):
-            yield
-    finally:
-        hook.remove()
-        model.train(training)

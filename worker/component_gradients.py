@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.worker.calibrate import MOST_ON_DEVICE, differentiable, repeatable
-from ranksearch.worker.hardware import free_bytes
+from ranksearch.search.gradients import GRADIENT_TOKENS
+from ranksearch.worker.backward import sweep_text
+from ranksearch.worker.calibrate import most_at_once
 from ranksearch.worker.loss_slope import SlopeOfLoss
 from ranksearch.worker.prefix import PrefixLinear, PrefixModel
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.sections import plan_sections
-from ranksearch.worker.stream import BlockStream
-from ranksearch.worker.sweep import Sweep, WholeModel
+from ranksearch.worker.sweep import Sweep
 
 Edges = Sequence[int]
 """Component numbers, ascending: neighbouring ones are the ends of a band."""
@@ -58,28 +58,32 @@ def component_gradients(
     """
     model = prefix.model
     readout = Readout(model, blocks)
-    limit = min(MOST_ON_DEVICE, free_bytes(readout.device) // 2)
     groups = [[target] for target in prefix.targets if target.name in edges]
-    sections = plan_sections(model, groups, blocks, bytes_of=lambda _: 0, limit=limit)
-    parts = [section.parts or range(1) for section in sections]
-    whole = sections[0].parts is None
+    sections = plan_sections(model, groups, blocks, bytes_of=lambda _: 0, limit=most_at_once(model))
+    slope, found = SlopeOfLoss(readout, drawn=False), dict[str, list[float]]()
+
+    def run(sweep: Sweep) -> None:
+        with _Gates(prefix, edges) as gates:
+            _sweep(sweep, len(sections), slope)
+        tokens = blocks.shape[0] * (blocks.shape[1] - 1)
+        found.update({name: (total / tokens).tolist() for name, total in gates.totals.items()})
+
     rows = max(1, batch_tokens // blocks.shape[1])
-    while True:
-        try:
-            stream = WholeModel(readout, blocks, rows=rows) if whole else BlockStream(model, blocks, rows=rows)
-            sweep = Sweep(model, stream, parts, blocks, rows=rows, scratch=scratch)
-            with differentiable(model), repeatable(readout.device), _Gates(prefix, edges) as gates:
-                _run(sweep, len(parts), SlopeOfLoss(readout, drawn=False))
-            tokens = blocks.shape[0] * (blocks.shape[1] - 1)
-            return {name: (total / tokens).tolist() for name, total in gates.totals.items()}
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-            rows //= 2
-            stream = sweep = None  # type: ignore[assignment]  # before others are made
+    sweep_text(model, readout, sections, blocks, rows=rows, scratch=scratch, run=run)
+    return found
 
 
-def _run(sweep: Sweep, sections: int, slope: SlopeOfLoss) -> None:
+def gradient_text(calibration: Tensor, evaluated: int) -> Tensor:
+    """The calibration sequences that a search measures gradients on: the first ones.
+
+    Args:
+        calibration: Token ids, `sequences x length`.
+        evaluated: Predicted tokens of the evaluation, which are matched where `GRADIENT_TOKENS` are fewer.
+    """
+    return calibration[: -(-max(evaluated, GRADIENT_TOKENS) // calibration.shape[1])]
+
+
+def _sweep(sweep: Sweep, sections: int, slope: SlopeOfLoss) -> None:
     for number in range(sections - 1):
         for _ in sweep.forward(number, keep=True):
             pass

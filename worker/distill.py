@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksearch.search.errors import InvalidInput, NumericalError
-from ranksearch.search.objective import METRICS, Objective, score_of
+from ranksearch.search.objective import Objective, objective_of
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.spread import device_of
 from ranksearch.worker.student import Product, Student
@@ -189,8 +189,7 @@ class _Best:
             self.history.append({"tokens": tokens, "kl": math.inf, "perplexity": math.inf, self._objective: math.inf})
             return
         found = {"tokens": tokens, "kl": scores.kl, "perplexity": scores.perplexity}
-        values = [found[name] for name in METRICS[self._objective]]
-        found[self._objective] = score_of(values, self._dense_perplexity)
+        found[self._objective] = objective_of(found, self._objective, self._dense_perplexity)
         if all(found[self._objective] < entry[self._objective] for entry in self.history):
             self._training.tensors = {name: leaf.detach().cpu().clone() for name, leaf in self._training.leaves.items()}
         self.history.append(found)

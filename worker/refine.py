@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ranksearch.search.errors import NumericalError
-from ranksearch.search.objective import METRICS, score_of
+from ranksearch.search.objective import objective_of
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec, Step, scoring_tokens
 from ranksearch.worker.bank import FactorBank
@@ -221,9 +221,8 @@ class Refinement:
 
     def _loss(self, text: Evaluation) -> float:
         try:
-            scores = text.score(self._model)
-            values = [getattr(scores, name) for name in METRICS[self._spec.search.objective]]
-            return score_of(values, text.dense.perplexity)
+            scores = vars(text.score(self._model))
+            return objective_of(scores, self._spec.search.objective, text.dense.perplexity)
         except NumericalError:
             return math.inf
 

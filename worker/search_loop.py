@@ -141,10 +141,9 @@ class _Search:
 
     def _measure(self, proposal: Proposal) -> None:
         """Have gradients measured where they inform the search; without them it goes by scores alone."""
-        if (bands := self._study.bands(proposal.number)) is None:
+        if (edges := self._study.bands(proposal.number)) is None:
             return
-        space = self._study.space
-        ranks, edges = space.as_dict(proposal.ranks), bands.edges(space)
+        ranks = self._study.space.as_dict(proposal.ranks)
         try:
             found = self._run.ask_once("gradients", ranks=ranks, edges=edges, progress=_silent)
         except RanksearchError as error:  # a search can do without

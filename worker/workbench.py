@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from ranksearch.search.errors import InvalidInput, RanksearchError
-from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.search.objective import METRICS
 from ranksearch.search.plan import check_searches
 from ranksearch.search.prices import as_document, read_prices
@@ -29,7 +28,7 @@ from ranksearch.worker.ahead import Ahead
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
-from ranksearch.worker.component_gradients import component_gradients
+from ranksearch.worker.component_gradients import component_gradients, gradient_text
 from ranksearch.worker.curves import measure_curves
 from ranksearch.worker.evaluate import Evaluation, Scores
 from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
@@ -249,10 +248,9 @@ class Workbench:
             Target -> one number per band.
         """
         prefix, evaluation = self._trials(job)
-        blocks = load_blocks(job["blocks"])["calibration"]
-        tokens = max(evaluation.dense.tokens, GRADIENT_TOKENS)
+        text = gradient_text(load_blocks(job["blocks"])["calibration"], evaluation.dense.tokens)
         prefix.set_ranks(ranks)
-        return component_gradients(prefix, edges, blocks[: -(-tokens // blocks.shape[1])], scratch=job["cache_dir"])
+        return component_gradients(prefix, edges, text, scratch=job["cache_dir"])
 
     def refine(
         self, job: Mapping[str, Any], ranks: Mapping[str, int], kept: float, output: str, *, progress: Progress

@@ -12,6 +12,7 @@ from ranksearch.service.store.artifacts import ArtifactStore
 from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.jobs import Jobs
 from ranksearch.service.store.settings import Settings
+from ranksearch.worker.device_client import DeviceClient
 from ranksearch.worker.running_job import WorkerState
 from ranksearch.worker.tiny import train_tokenizer
 from ranksearch.worker.workbench import Workbench
@@ -43,7 +44,7 @@ class HereAndNow:
         self.bench = Workbench("cpu")
 
 
-def worker_here(settings: Settings, engine: Engine, device: HereAndNow) -> WorkerState:
+def worker_here(settings: Settings, engine: Engine, device: HereAndNow | DeviceClient) -> WorkerState:
     """A worker that asks `device`."""
     return WorkerState(
         identity="w:cpu",

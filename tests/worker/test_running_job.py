@@ -11,27 +11,20 @@ from dbos import DBOS
 
 from ranksearch.search.errors import NumericalError, PathNotAllowed
 from ranksearch.search.spec import JobSpec
-from ranksearch.service.store.artifacts import ArtifactStore
-from ranksearch.service.store.checkpoints import Checkpoints
 from ranksearch.service.store.database import open_database, writing
-from ranksearch.service.store.jobs import Jobs, Stage
+from ranksearch.service.store.jobs import Stage
 from ranksearch.service.store.settings import Settings
 from ranksearch.worker.device_client import DeviceClient
 from ranksearch.worker.running_job import RunningJob, WorkerState
 from ranksearch.worker.workflow import JobWorkflow
 
+from .here import worker_here
+
 
 @pytest.fixture
 def worker(settings: Settings) -> Iterator[WorkerState]:
     engine = open_database(settings)
-    yield WorkerState(
-        identity="w:cpu",
-        settings=settings,
-        jobs=Jobs(engine),
-        artifacts=ArtifactStore.of(settings, engine),
-        checkpoints=Checkpoints(engine),
-        device=DeviceClient("cpu"),
-    )
+    yield worker_here(settings, engine, DeviceClient("cpu"))
     engine.dispose()
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ from ranksearch.worker.running_job import RunningJob, WorkerState
 from ranksearch.worker.search_loop import search
 
 from .here import HereAndNow, small_spec, worker_here
+
+
+@pytest.fixture
+def device() -> Iterator[HereAndNow]:
+    device = HereAndNow()
+    yield device
+    device.bench.recover()
+
+
+@pytest.fixture
+def worker(settings: Settings, device: HereAndNow) -> Iterator[WorkerState]:
+    engine = open_database(settings)
+    yield worker_here(settings, engine, device)
+    engine.dispose()
 
 
 def until_search(worker: WorkerState, spec: dict[str, Any]) -> tuple[RunningJob, stages.Ground]:
@@ -36,10 +50,8 @@ def until_search(worker: WorkerState, spec: dict[str, Any]) -> tuple[RunningJob,
 
 @pytest.mark.one_database
 def test_a_job_measures_what_its_budgets_share_once(
-    settings: Settings, allowed: Path, tiny: Callable[..., nn.Module]
+    worker: WorkerState, device: HereAndNow, allowed: Path, tiny: Callable[..., nn.Module]
 ) -> None:
-    engine, device = open_database(settings), HereAndNow()
-    worker = worker_here(settings, engine, device)
     spec = small_spec(
         allowed,
         tiny(vocab_size=300),
@@ -57,16 +69,16 @@ def test_a_job_measures_what_its_budgets_share_once(
     assert run.told_trials(0.93) == run.told_trials(0.97) == set(range(planned))
     assert first["best"]["ranks"] != second["best"]["ranks"]
     run.put_away()
-    device.bench.recover()
-    engine.dispose()
 
 
 @pytest.mark.one_database
 def test_a_search_goes_by_gradients_and_without_them_by_scores_alone(
-    settings: Settings, allowed: Path, tiny: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+    worker: WorkerState,
+    device: HereAndNow,
+    allowed: Path,
+    tiny: Callable[..., nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, device = open_database(settings), HereAndNow()
-    worker = worker_here(settings, engine, device)
     spec = small_spec(
         allowed,
         tiny(vocab_size=300),
@@ -92,8 +104,6 @@ def test_a_search_goes_by_gradients_and_without_them_by_scores_alone(
     assert len(warnings) == 1
     assert "by scores alone" in warnings[0]
     run.put_away()
-    device.bench.recover()
-    engine.dispose()
 
 
 def in_our_words(ask: Callable[..., Any]) -> Callable[..., Any]:
