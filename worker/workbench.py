@@ -6,46 +6,36 @@ yet, so a fresh process can take over in the middle of a job, and a process that
 
 from __future__ import annotations
 
-import gc
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ranksearch.search.errors import InvalidInput, RanksearchError
+from ranksearch.search.errors import InvalidInput
 from ranksearch.search.objective import METRICS
 from ranksearch.search.plan import check_searches
 from ranksearch.search.prices import as_document, read_prices
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import TRAINING_TOKENS, JobSpec
-from ranksearch.search.targets import Target
 from ranksearch.worker.ahead import Ahead
-from ranksearch.worker.bank import FactorBank, build_bank
+from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
 from ranksearch.worker.component_gradients import component_gradients, gradient_text
 from ranksearch.worker.curves import measure_curves
-from ranksearch.worker.evaluate import Evaluation, Scores
-from ranksearch.worker.hardware import device_facts, free_bytes, memory_bytes, settle, threads_for
+from ranksearch.worker.hardware import device_facts, settle
+from ranksearch.worker.loaded import Loaded, spec_of
 from ranksearch.worker.metrics import NEEDS
-from ranksearch.worker.models import load_model, locate, model_fingerprint
-from ranksearch.worker.prefix import PrefixModel
+from ranksearch.worker.models import model_fingerprint
 from ranksearch.worker.proof import brief, prove
 from ranksearch.worker.refine import Refined, Refinement
-from ranksearch.worker.spread import device_of
 from ranksearch.worker.stream import BlockStream
 from ranksearch.worker.targets import check_weights, find_targets
 from ranksearch.worker.text import gather
 
 Progress = Callable[[float], None]
-
-#: Share of a device that the factors leave free for activations and logits; they stay on the CPU otherwise.
-SPARE = 0.15
 
 
 class Workbench:
@@ -54,6 +44,7 @@ class Workbench:
     Attributes:
         devices: All of them.
         device: The first, where everything but a model's blocks and their factors goes.
+        loaded: What is loaded there.
     """
 
     def __init__(self, device: str) -> None:
@@ -65,6 +56,7 @@ class Workbench:
         self.devices = settle(device)
         self.device = self.devices[0]
         self._facts = device_facts(*self.devices)
+        self.loaded = Loaded(self.devices, self._facts["threads"])
         self._operations: dict[str, Callable[..., dict[str, Any]]] = {
             "prepare": self.prepare,
             "calibrate": self.calibrate,
@@ -77,8 +69,6 @@ class Workbench:
             "finish": self.finish,
             "close": self.close,
         }
-        self._loaded: dict[str, tuple[Any, Any]] = {}
-        self._trial: tuple[int, Iterator[Scores], list[Scores]] | None = None
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Carry out one operation by name."""
@@ -94,12 +84,7 @@ class Workbench:
 
     def close(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
         """Unload everything."""
-        self._trial = None
-        self._unload("ahead")
-        self._loaded.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.loaded.clear()
         return {}
 
     # operations
@@ -110,8 +95,8 @@ class Workbench:
         Returns:
             Facts later stages need: targets, fingerprints, sizes and where the text came from.
         """
-        spec = _spec(job)
-        model, tokenizer, folder = self._model(job)
+        spec = spec_of(job)
+        model, tokenizer, folder = self.loaded.model(job)
         progress(0.3)
         _check_lengths(spec, model.config.get_text_config())
         check_weights(model)
@@ -149,10 +134,9 @@ class Workbench:
 
         With a place for a bank, targets are factored beside it if it takes several sections; `factor` takes that over.
         """
-        spec = _spec(job)
-        model, _, _ = self._model(job)
-        self._unload("trials")
-        self._unload("ahead")
+        spec = spec_of(job)
+        model, _, _ = self.loaded.model(job)
+        self.loaded.free("scorer", "ahead")
         targets = find_targets(model)
         collect = partial(
             calibrate,
@@ -166,28 +150,27 @@ class Workbench:
         )
         if bank is None:
             return {"tokens": collect().total_tokens}
-        with Ahead(self._build(job), targets, self.device, bank) as ahead:
+        with Ahead(self.loaded.builder(job), targets, self.device, bank) as ahead:
             found = collect(complete=ahead.add)
-        self._loaded["ahead"] = (job["id"], ahead)
+        self.loaded.keep_ahead(job, ahead)
         return {"tokens": found.total_tokens}
 
     def factor(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
         """Factor all targets and write the bank to a file."""
-        self._unload("trials")
-        build = self._build(job)
+        self.loaded.free("scorer")
+        build = self.loaded.builder(job)
         calibration = Calibration.load(job["calibration"]) if job.get("calibration") else None
-        number, ahead = self._loaded.get("ahead", (None, None))
-        if number != job["id"] or not ahead.finish(output, progress):
+        ahead = self.loaded.ahead(job)
+        if ahead is None or not ahead.finish(output, progress):
             build(calibration, file=output, progress=progress)
-        self._unload("ahead")
+        self.loaded.free("ahead")
         return {"bytes": FactorBank.load(output).nbytes}
 
     def prices(self, job: Mapping[str, Any], output: str, *, progress: Progress) -> dict[str, Any]:
         """Measure how long each target takes to decode a token at each rank, and write it to a file."""
-        spec = _spec(job)
-        model, _, _ = self._model(job)
-        self._unload("trials")
-        self._unload("ahead")
+        spec = spec_of(job)
+        model, _, _ = self.loaded.model(job)
+        self.loaded.free("scorer", "ahead")
         curves = measure_curves(
             model,
             targets := find_targets(model),
@@ -204,7 +187,7 @@ class Workbench:
 
     def dense(self, job: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
         """Score the dense model on the evaluation blocks."""
-        return brief(self._trials(job)[1].dense)
+        return brief(self.loaded.scorer(job).evaluation.dense)
 
     def chunk(
         self, job: Mapping[str, Any], number: int, ranks: Mapping[str, int], index: int, *, progress: Progress
@@ -218,20 +201,11 @@ class Workbench:
         Raises:
             RanksearchError: This process has not begun the trial.
         """
-        prefix, evaluation = self._trials(job)
-        if index == 0:
-            prefix.set_ranks(ranks)
-            self._trial = (number, evaluation.score_chunks(prefix.model), [])
-        if self._trial is None or self._trial[0] != number or len(self._trial[2]) != index:
-            raise RanksearchError(f"trial {number} was not begun in this process", index=index)
-        _, chunks, parts = self._trial
-        part = next(chunks, None)
-        if part is None:
-            self._trial = None
-            return {"total": brief(Scores.union(parts))}
-        parts.append(part)
-        losses = {"perplexity": part.nll, "kl": part.divergence}
-        names = METRICS[_spec(job).search.objective]
+        scores, last = self.loaded.scorer(job).score_part(number, ranks, index)
+        if last:
+            return {"total": brief(scores)}
+        losses = {"perplexity": scores.nll, "kl": scores.divergence}
+        names = METRICS[spec_of(job).search.objective]
         return {"losses": [sum(each) for each in zip(*(losses[name] for name in names), strict=True)]}
 
     def gradients(
@@ -247,10 +221,10 @@ class Workbench:
         Returns:
             Target -> one number per band.
         """
-        prefix, evaluation = self._trials(job)
-        text = gradient_text(load_blocks(job["blocks"])["calibration"], evaluation.dense.tokens)
-        prefix.set_ranks(ranks)
-        return component_gradients(prefix, edges, text, scratch=job["cache_dir"])
+        scorer = self.loaded.scorer(job)
+        text = gradient_text(load_blocks(job["blocks"])["calibration"], scorer.evaluation.dense.tokens)
+        scorer.prefix.set_ranks(ranks)
+        return component_gradients(scorer.prefix, edges, text, scratch=job["cache_dir"])
 
     def refine(
         self, job: Mapping[str, Any], ranks: Mapping[str, int], kept: float, output: str, *, progress: Progress
@@ -263,13 +237,13 @@ class Workbench:
         Returns:
             `ranks` of the factors, and what each of the `steps` did.
         """
-        spec = _spec(job)
-        model, _, _ = self._model(job)
-        self._unload("trials")
+        spec = spec_of(job)
+        model, _, _ = self.loaded.model(job)
+        self.loaded.free("scorer")
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         refinement = Refinement(
             model,
-            partial(self._take_bank, job),
+            partial(self.loaded.take_bank, job),
             RankSpace.of(spec.method, find_targets(model), read_prices(job.get("prices"))),
             load_blocks(job["blocks"]),
             Calibration.load(job["calibration"]) if job.get("calibration") else None,
@@ -290,13 +264,13 @@ class Workbench:
         progress: Progress,
     ) -> dict[str, Any]:
         """Export the vector `best`, or what was made of it, to a folder and prove it; see `prove`."""
-        spec = _spec(job)
-        model, tokenizer, folder_of_model = self._model(job)
-        self._unload("trials")
+        spec = spec_of(job)
+        model, tokenizer, folder_of_model = self.loaded.model(job)
+        self.loaded.free("scorer")
         return prove(
             model,
             tokenizer,
-            partial(self._take_bank, job),
+            partial(self.loaded.take_bank, job),
             load_blocks(job["blocks"]),
             vectors,
             refined=Refined.load(refined) if refined else None,
@@ -308,83 +282,6 @@ class Workbench:
             progress=progress,
         )
 
-    # what is loaded
-
-    def _model(self, job: Mapping[str, Any]) -> tuple[Any, Any, Path]:
-        """The job's model, its tokenizer, and the folder they come from.
-
-        Raises:
-            InvalidInput: It is not the model that the job began with.
-        """
-        spec = _spec(job).model
-        key = (job["id"], job["source"])
-
-        def load() -> tuple[Any, Any, Path]:
-            self.close({}, progress=_silent)
-            source, trust = job["source"], job["trust_remote_code"]
-            folder = locate(source, revision=job.get("revision") or spec.revision, trust_remote_code=trust)
-            if job.get("model_fingerprint") not in (None, model_fingerprint(folder)):
-                raise InvalidInput(f"The model {source} has changed since the job began; submit the job again.")
-            model, tokenizer = load_model(folder, dtype=spec.dtype, device=self.devices, trust_remote_code=trust)
-            widest = max(target.parameters for target in find_targets(model))
-            torch.set_num_threads(threads_for(widest, self._facts["threads"]))
-            return model, tokenizer, folder
-
-        return self._once("model", key, load)  # type: ignore[no-any-return]
-
-    def _build(self, job: Mapping[str, Any]) -> Callable[..., FactorBank]:
-        """Makes the job's bank of its calibration."""
-        method = _spec(job).method
-        model, _, _ = self._model(job)
-        return partial(
-            build_bank,
-            model,
-            find_targets(model),
-            metric=method.metric,
-            full=method.all_components,
-            device=self.device,
-        )
-
-    def _bank(self, job: Mapping[str, Any]) -> FactorBank:
-        def load() -> FactorBank:
-            self._unload("ahead")  # the bank was there already
-            model, _, _ = self._model(job)
-            return FactorBank.load(job["bank"], _beside(find_targets(model), model, Path(job["bank"]).stat().st_size))
-
-        return self._once("bank", job["bank"], load)  # type: ignore[no-any-return]
-
-    def _take_bank(self, job: Mapping[str, Any]) -> FactorBank:
-        """Give the factors away: nothing here holds them afterwards."""
-        bank = self._bank(job)
-        del self._loaded["bank"]
-        return bank
-
-    def _trials(self, job: Mapping[str, Any]) -> tuple[PrefixModel, Evaluation]:
-        model, _, _ = self._model(job)
-        bank = self._bank(job)
-
-        def build() -> tuple[PrefixModel, Evaluation]:
-            evaluation = Evaluation(model, load_blocks(job["blocks"])["evaluation"], scratch=job["cache_dir"])
-            return PrefixModel(model, bank, find_targets(model)), evaluation
-
-        return self._once("trials", (job["bank"], job["blocks"]), build)  # type: ignore[no-any-return]
-
-    def _once(self, what: str, key: Any, build: Callable[[], Any]) -> Any:
-        held = self._loaded.get(what)
-        if held is None or held[0] != key:
-            self._unload(what)
-            self._loaded[what] = held = (key, build())
-        return held[1]
-
-    def _unload(self, what: str) -> None:
-        held = self._loaded.pop(what, None)
-        if what == "ahead" and held is not None:
-            held[1].drop()
-        if what == "trials":
-            self._trial = None  # a pruned one would hold the evaluation
-            if held is not None:
-                held[1][0].close()
-
 
 def _check_lengths(spec: JobSpec, config: Any) -> None:
     """Raises InvalidInput naming the field that asks for longer sequences than the model reads."""
@@ -394,30 +291,6 @@ def _check_lengths(spec: JobSpec, config: Any) -> None:
         if limit and length and length > limit:
             field = f"{part}.sequence_length"
             raise InvalidInput(f"{field} is {length}, but the model reads {limit} tokens at most.", field=field)
-
-
-def _beside(targets: Sequence[Target], model: Any, size: int) -> dict[str, torch.device]:
-    """Target -> the device that it computes on, or the CPU where the device has no room for its part of a bank.
-
-    Args:
-        targets: All targets.
-        model: Their model.
-        size: Bytes of the bank.
-    """
-    places = {target.name: device_of(model, target.name) for target in targets}
-    parameters = Counter[torch.device]()
-    for target in targets:
-        parameters[places[target.name]] += target.parameters
-    full = {
-        device
-        for device, count in parameters.items()
-        if size * count / parameters.total() > free_bytes(device) - SPARE * memory_bytes(device)
-    }
-    return {name: torch.device("cpu") if device in full else device for name, device in places.items()}
-
-
-def _spec(job: Mapping[str, Any]) -> JobSpec:
-    return JobSpec.model_validate(job["spec"])
 
 
 def _silent(_: float) -> None:

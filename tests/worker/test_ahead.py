@@ -164,7 +164,7 @@ def test_a_job_finds_the_bank_that_was_begun_and_makes_it_after_a_crash(
         run.known = stages.known_of(worker.artifacts.path, prepared)
         calibrated = stages.calibrate(run, prepared)
         run.known = stages.known_of(worker.artifacts.path, prepared, calibrated)
-        begun = "ahead" in device.bench._loaded
+        begun = device.bench.loaded.ahead({"id": created.id}) is not None
         if crashes:
             device.crash()
         factored = stages.factor(run, prepared, calibrated)

@@ -8,7 +8,7 @@ import torch
 
 from ranksearch.search.errors import InvalidInput
 from ranksearch.search.space import RankSpace
-from ranksearch.worker import hardware, models, soco, targets, workbench
+from ranksearch.worker import hardware, loaded, models, soco, targets
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.calibrate import calibrate
 from ranksearch.worker.distill import distill
@@ -138,9 +138,9 @@ def test_two_devices_train_what_one_does(tiny, blocks, monkeypatch):
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[torch.device, int]:
     """Free bytes of two pretend devices, to be changed, and of the CPU."""
     free = {ONE: 0, TWO: 0, torch.device("cpu"): 1 << 40}
-    for module in (models, workbench):
+    for module in (models, loaded):
         monkeypatch.setattr(module, "free_bytes", free.__getitem__)
-    monkeypatch.setattr(workbench, "memory_bytes", lambda device: 0)
+    monkeypatch.setattr(loaded, "memory_bytes", lambda device: 0)
     # these tensors are no plain ones
     monkeypatch.setattr(targets, "_check_unquantized", lambda name, module: None)
     return free
@@ -176,7 +176,7 @@ def test_a_job_runs_on_two_devices_where_one_is_too_small(tiny, tmp_path, monkey
     with pretending():
         bench = Workbench("meta:0,meta:1")
         two = proven(bench, job, tmp_path)
-        assert devices_of(bench._model(job)[0]) == [ONE, TWO]
+        assert devices_of(bench.loaded.model(job)[0]) == [ONE, TWO]
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert two["parameters"] == one["parameters"]
         for row, scores in one["scores"].items():
@@ -189,7 +189,7 @@ def test_factors_lie_beside_their_targets_where_there_is_room(tiny, blocks, tmp_
         bank = build_bank(model, found, None, metric="weight", file=tmp_path / "bank")
         size = (tmp_path / "bank").stat().st_size
         free |= {ONE: size, TWO: size // 4}
-        places = workbench._beside(found, model, size)
+        places = loaded.beside(found, model, size)
         assert {device_of(model, name): place.type for name, place in places.items()} == {ONE: "meta", TWO: "cpu"}
         text, ranks = Evaluation(model, blocks[:2]), {target.name: 3 for target in found}
         scores = []
@@ -244,7 +244,7 @@ def test_a_job_runs_on_two_cards(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "free_bytes", lambda device: size)
     bench = Workbench("cuda:0,cuda:1")
     two = proven(bench, job, tmp_path)
-    assert devices_of(bench._model(job)[0]) == CARDS
+    assert devices_of(bench.loaded.model(job)[0]) == CARDS
     for row, scores in one["scores"].items():
         expected = scores["evaluation"]["perplexity"]
         assert two["scores"][row]["evaluation"]["perplexity"] == pytest.approx(expected, rel=1e-3)
