@@ -145,7 +145,8 @@ def calibrate(
     needs = Needs(gradients=gradients, pool=pool, only=only)
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
-    limit = most_at_once(model) if memory_limit is None else memory_limit
+    free = min(map(free_bytes, devices_of(model)))
+    limit = min(MOST_ON_DEVICE, free // 2) if memory_limit is None else memory_limit
     sections = plan_sections(model, groups, blocks, bytes_of=partial(bytes_of, needs=needs), limit=limit)
     rows = 1 if only == "fisher" else max(1, batch_tokens // blocks.shape[1])
     slope = SlopeOfLoss(readout, drawn=labels == "model")
@@ -156,12 +157,6 @@ def calibrate(
 
         sweep_text(model, readout, sections, blocks, rows=rows, pool=pool, scratch=scratch, run=collect)
     return Calibration._of(writer.tensors, writer.facts) if file is None else Calibration.load(file)
-
-
-def most_at_once(model: nn.Module) -> int:
-    """Bytes of sums, and of weights that have to be fetched, to hold beside a model: `MOST_ON_DEVICE`, or half of what
-    is free if less."""
-    return min(MOST_ON_DEVICE, min(map(free_bytes, devices_of(model))) // 2)
 
 
 def _collect(
