@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+PICOSECONDS = 1e12  # in a second
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:

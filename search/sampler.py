@@ -14,8 +14,7 @@ sensitivities plus residual. A vector that some trial has is never proposed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from ranksearch.search.residual import inputs, log_improvement, residual_process
 from ranksearch.search.siblings import Sibling
 from ranksearch.search.space import Floats, Ranks
 from ranksearch.search.surrogate import Observations, SensitivityModel
+from ranksearch.search.threads import one_thread
 
 _STRETCH = (1.0, 0.7, 1.3, 0.4, 1.7)
 _DRAWS = 20
@@ -262,15 +262,3 @@ def _excesses(trials: Sequence[FrozenTrial], objective: str, dense_score: float)
                     found[trial.number] = found[other.number] + float(gap)
                 break
     return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small matrices gain nothing from more threads, and sums come out in the same order on every machine size."""
-    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.random.set_rng_state(state)

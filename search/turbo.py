@@ -28,9 +28,9 @@ from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from ranksearch.search.draw import Draw, draw_seed
-from ranksearch.search.sampler import one_thread
 from ranksearch.search.shares import MOST, Shares, log_score, sobol
 from ranksearch.search.space import RankSpace, uniform
+from ranksearch.search.threads import one_thread
 
 _LENGTH, _SHORTEST, _LONGEST = 0.8, 0.5**7, 1.6
 _SUCCESSES = 3

@@ -32,9 +32,9 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from ranksearch.search.draw import Draw, draw_seed
-from ranksearch.search.sampler import one_thread
 from ranksearch.search.shares import MOST, Shares, log_score, sobol
 from ranksearch.search.space import RankSpace
+from ranksearch.search.threads import one_thread
 
 _FIRSTS = 2
 """Prior and uniform, which come before Sobol points."""

@@ -18,16 +18,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ranksearch.search.prices import Curve
+from ranksearch.search.prices import PICOSECONDS, Curve
 from ranksearch.search.targets import Form, Target
+from ranksearch.search.threads import one_thread
 from ranksearch.worker.modules import FactoredLinear, PivotedLinear
 
 RANKS, JUMPS = 16, 8  # measured, spread evenly; and then one by one where the time rises most
@@ -36,7 +36,6 @@ FEWEST, MOST = 7, 100  # repeats of a measurement
 CALLS = {"cpu": 8, "cuda": 64}  # of a layer in a repeat, at least
 MOST_COPIES = 512
 CACHE_BYTES = 32 << 20  # where the system does not say
-PICOSECONDS = 1e12
 
 Seconds = Callable[[Callable[[], None]], float]
 _MODULES: dict[Form, type[FactoredLinear] | type[PivotedLinear]] = {
@@ -76,7 +75,7 @@ def measure_curves(
     budget = float(os.environ.get("RANKSEARCH_SPEED_SECONDS") or 10.0)
     seconds, found = budget / (len(shapes) * (RANKS + JUMPS)), {}
     where: Any = {"device": "meta", "dtype": model.dtype}
-    with _one_thread(), torch.inference_mode():
+    with one_thread(), torch.inference_mode():
         for done, ((m, n, bias), target) in enumerate(shapes.items(), start=1):
 
             def timed(module: nn.Module, n: int = n) -> float:
@@ -189,13 +188,3 @@ def _cache_bytes(device: torch.device) -> int:
         return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) or CACHE_BYTES
     except (ValueError, OSError):
         return CACHE_BYTES
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ranksearch.search.prices import PICOSECONDS
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import budget_label
 from ranksearch.search.steps import outcome_of
@@ -131,8 +132,8 @@ def _timed(space: RankSpace, ranks: Mapping[str, int]) -> dict[str, dict[str, fl
     """What the targets take to decode a token by the prices of the space, dense and at these ranks, s."""
     if space.prices is None:
         return {}
-    seconds = {"dense_seconds": space.whole, "seconds": space.cost(space.from_dict(dict(ranks)))}
-    return {"targets": {name: picoseconds / 1e12 for name, picoseconds in seconds.items()}}
+    prices = {"dense_seconds": space.whole, "seconds": space.cost(space.from_dict(dict(ranks)))}
+    return {"targets": {name: price / PICOSECONDS for name, price in prices.items()}}
 
 
 def libraries() -> dict[str, str]:
