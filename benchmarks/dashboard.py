@@ -1,11 +1,18 @@
-"""How long the dashboard's page of a study takes to open: a real server, real Chromium, a new browser each time.
+"""How long the dashboard's page of a study takes to open: a real server, real Chromium.
 
     python benchmarks/dashboard.py --data /tmp/dashboard --json dashboard.json
 
 The studies have 224 targets, and 10 or 300 trials with losses of eight parts; they are made once and kept in `--data`.
-A page is open when its four plots are drawn. The table holds medians of wall time, of the CPU time of the browser's
-main thread (the whole, and what was before the first answer is used: mostly the script) and of the server, which depend
-far less on what else the machine does, and the bytes sent. A blank page is the yardstick for the browser alone.
+A page is open when its four plots are drawn. The rows are, each with a new profile of the browser but the last:
+
+* a blank page, the yardstick for the browser alone;
+* the page of each study, from a server that has shown it before;
+* "first": the page of the large study as the first one that a server shows, asked for when the server answers;
+* "first, cached": the same, with a profile whose cache holds the script.
+
+The table holds medians of wall time, of the CPU time of the browser's main thread (the whole, and what was before the
+first answer is used: mostly the script) and of the server, which depend far less on what else the machine does, the
+number of requests, the bytes sent and the load average of the machine before.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from ranksearch.search.spec import Search
@@ -78,20 +86,28 @@ def make_studies(data: Path) -> dict[str, int]:
 
 
 @contextmanager
-def server(data: Path) -> Iterator[tuple[str, int]]:
-    """The API process as `ranksearch serve` starts it; its address and process id."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        number = str(listener.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ranksearch.service.listen", number],
-            pass_fds=(listener.fileno(),),
-            env={**os.environ, "RANKSEARCH_DATA_DIR": str(data)},
-        )
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", process.pid
-        finally:
-            process.terminate()
-            process.wait()
+def server(data: Path, listener: socket.socket) -> Iterator[int]:
+    """The API process on this socket as `ranksearch serve` starts it; its process id once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ranksearch.service.listen", str(listener.fileno())],
+        pass_fds=(listener.fileno(),),
+        env={**os.environ, "RANKSEARCH_DATA_DIR": str(data)},
+    )
+    try:
+        httpx.get(f"{address(listener)}/healthz", timeout=120).raise_for_status()
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def address(listener: socket.socket) -> str:
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def new_profile() -> tempfile.TemporaryDirectory[str]:
+    """A folder for a profile of the browser, which may still write there when it is removed."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -101,13 +117,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Browser:
-    """Headless Chromium with a new profile, spoken to by the DevTools protocol over a pipe."""
+    """Headless Chromium with this profile, spoken to by the DevTools protocol over a pipe."""
 
-    def __init__(self) -> None:
-        self._profile = tempfile.mkdtemp()
+    def __init__(self, profile: str) -> None:
         from_us, self._to = os.pipe()
         self._from, from_it = os.pipe()
-        command = [shutil.which("chromium") or "chromium", *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
+        command = [shutil.which("chromium") or "chromium", *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         # Chromium reads from 3 and writes to 4
         shell = ["sh", "-c", f'exec "$@" 3<&{from_us} 4>&{from_it}', "sh", *command]
         self._process = subprocess.Popen(shell, pass_fds=(from_us, from_it), stderr=subprocess.DEVNULL)
@@ -151,17 +166,16 @@ class Browser:
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def close(self) -> None:
-        """End it and remove its profile."""
+        """End it."""
         self.call("Browser.close")
         self._process.wait(30)
         os.close(self._to)
         os.close(self._from)
-        shutil.rmtree(self._profile, ignore_errors=True)
 
 
-def open_page(url: str, layers: int) -> dict[str, float]:
+def open_page(url: str, layers: int, profile: str) -> dict[str, float]:
     """Open a page until this many layers of plots (three a plot) are there."""
-    browser = Browser()
+    browser = Browser(profile)
     begun = time.perf_counter()
     browser.call("Page.navigate", url=url)
     script = 0.0
@@ -187,20 +201,32 @@ def open_page(url: str, layers: int) -> dict[str, float]:
 
 
 def measure(data: Path, repeats: int) -> list[dict[str, Any]]:
-    """One row per page, the medians of all but the first round, in which the server loads the dashboard."""
+    """One row per page, the medians of its rounds."""
     ids = make_studies(data)
     rounds: dict[str, list[dict[str, float]]] = {}
-    with server(data) as (address, pid):
-        pages = {"blank": "about:blank", **{job: f"{address}/dashboard/studies/{ids[job]}" for job in STUDIES}}
-        for number in range(repeats + 1):
-            for page, url in pages.items():
-                time.sleep(6 if page in STUDIES else 0)  # the dashboard itself keeps trials for five seconds
-                load, before = os.getloadavg()[0], cpu_seconds(pid)
-                found = open_page(url, 0 if page == "blank" else 3 * PLOTS)
-                found |= {"server": cpu_seconds(pid) - before, "load": load}
-                print(f"{number} {page:10}", *(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
-                if number:
-                    rounds.setdefault(page, []).append(found)
+
+    def visit(page: str, url: str, pid: int, profile: str | None = None) -> None:
+        load, before = os.getloadavg()[0], cpu_seconds(pid)
+        with new_profile() as fresh:
+            found = open_page(url, 0 if page == "blank" else 3 * PLOTS, profile or fresh)
+        found |= {"server": cpu_seconds(pid) - before, "load": load}
+        print(f"{page:14}", *(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
+        rounds.setdefault(page, []).append(found)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, new_profile() as kept:
+        urls = {job: f"{address(listener)}/dashboard/studies/{ids[job]}" for job in STUDIES}
+        with server(data, listener) as pid:
+            for url in urls.values():
+                open_page(url, 3 * PLOTS, kept)
+            for _ in range(repeats):
+                visit("blank", "about:blank", pid)
+                for job, url in urls.items():
+                    time.sleep(6)  # the dashboard itself keeps trials for five seconds
+                    visit(job, url, pid)
+        for _ in range(repeats):
+            for page, profile in (("first", None), ("first, cached", kept)):
+                with server(data, listener) as pid:
+                    visit(page, urls["job_large"], pid, profile)
     return [
         {"page": page, **{key: statistics.median(found[key] for found in all_found) for key in all_found[0]}}
         for page, all_found in rounds.items()

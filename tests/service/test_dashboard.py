@@ -81,8 +81,9 @@ def test_the_page_of_a_study_says_what_it_will_ask_for(client: TestClient, study
     assert "link" not in client.get("/dashboard/").headers
 
 
-def test_the_dashboard_is_served_without_torch(settings: Settings) -> None:
+def test_the_dashboard_is_served_without_what_it_does_not_ask(settings: Settings, study_id: int) -> None:
     program = f"""
+import importlib.util
 import sys
 from fastapi.testclient import TestClient
 from ranksearch.service.app import create_app
@@ -90,8 +91,12 @@ from ranksearch.service.store.settings import load_settings
 settings = load_settings(data_dir={str(settings.data_dir)!r}, database_url={settings.database!r})
 with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
     assert client.get("/dashboard/").status_code == 200
+    (importances,) = client.get("/api/studies/{study_id}/param_importances").json()["param_importances"]
+assert abs(sum(row["importance"] for row in importances) - 1) < 1e-6
 assert "optuna_dashboard" in sys.modules
-assert "torch" not in sys.modules
+for module in ("torch", "sklearn", "pandas"):
+    assert module not in sys.modules
+assert importlib.util.find_spec("sklearn") is not None
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
