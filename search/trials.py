@@ -120,13 +120,18 @@ def _scored(trial: FrozenTrial, dense_score: float) -> FrozenTrial:
     return found
 
 
-def picture_attribute(study_id: int) -> tuple[str, str]:
-    """The system attribute that lets the dashboard show the heat map of a study's ranks, as Optuna writes artifacts.
+def picture_attribute(study_id: int, number: int | None = None) -> tuple[str, str]:
+    """The system attribute that lets the dashboard show ranks as a heat map, as Optuna writes artifacts.
 
-    Nothing is stored: the server draws the picture when it is asked for, so the artifact's id names the study.
+    Nothing is stored: the server draws the picture when it is asked for, so the artifact's id says what of.
+
+    Args:
+        study_id: The study; of its best trial so far.
+        number: Of this trial instead.
     """
-    facts = {"artifact_id": str(study_id), "filename": "ranks.svg", "mimetype": "image/svg+xml", "encoding": None}
-    return f"artifacts:{study_id}", json.dumps(facts)
+    name = str(study_id) if number is None else f"{study_id}-{number}"
+    facts = {"artifact_id": name, "filename": "ranks.svg", "mimetype": "image/svg+xml", "encoding": None}
+    return f"artifacts:{name}", json.dumps(facts)
 
 
 def row(trial: FrozenTrial, dense_score: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final
 from a2wsgi import WSGIMiddleware
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import RedirectResponse
@@ -93,23 +94,29 @@ def absent(*modules: str) -> Iterator[None]:
 
 
 class Heatmaps:
-    """An artifact store (Optuna's protocol) that holds nothing: each study's one artifact is drawn when it is read."""
+    """An artifact store (Optuna's protocol) that holds nothing: the pictures of studies and trials are drawn when they
+    are read."""
 
     def __init__(self, storage: BaseStorage) -> None:
         self.storage = storage
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        """The heat map of the best ranks so far of the study with this id, as SVG; empty before the first trial."""
+        """The heat map of a study's best ranks so far, or of one trial's, as SVG (`picture_attribute` has the ids)."""
+        study, _, number = artifact_id.partition("-")
         try:
-            name = self.storage.get_study_name_from_id(int(artifact_id))
+            study_id = int(study)
+            name = self.storage.get_study_name_from_id(study_id)
+            trial = self._trial(study_id, int(number)) if number else best_trial(self.storage, study_id)
         except (KeyError, ValueError):
             raise ArtifactNotFound(artifact_id) from None
         job_id, _, kept = name.rpartition("/")
-        panels = {}
-        space, best = space_of(self.storage, job_id, float(kept)), best_trial(self.storage, int(artifact_id))
-        if space is not None and best is not None:
-            panels[f"{name}, trial {best.number}"] = (space, space.unpack(best.user_attrs[RANKS]))
+        panels, space = {}, space_of(self.storage, job_id, float(kept))
+        if space is not None and trial is not None:
+            panels[f"{name}, trial {trial.number}"] = (space, space.unpack(trial.user_attrs[RANKS]))
         return io.BytesIO(heatmap(panels).encode())
+
+    def _trial(self, study_id: int, number: int) -> FrozenTrial:
+        return self.storage.get_trial(self.storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         raise NotImplementedError("the dashboard is for looking")

@@ -18,7 +18,7 @@ ROWS: Final = ("dense", "uniform", "prior", "best", "final")
 
 
 def score_table(report: dict[str, Any]) -> Table:
-    """Scores of every budget: rows dense to final, columns evaluation set and test sets."""
+    """Scores: a row for the dense model, then uniform to final of every budget; columns evaluation and test sets."""
     budgets = report["budgets"]
     tests = list(
         dict.fromkeys(label for budget in budgets for row in budget["scores"].values() for label in row.get("test", {}))
@@ -29,7 +29,7 @@ def score_table(report: dict[str, Any]) -> Table:
         grid.add_column("KL", justify="right")
     for budget in budgets:
         for row in ROWS:
-            if row not in budget["scores"]:
+            if row not in budget["scores"] or (row == "dense" and grid.row_count):  # it is the same for all
                 continue
             scores = budget["scores"][row]
             columns = [

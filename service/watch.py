@@ -83,7 +83,7 @@ class Progress:
         kept, trials = self._stage_kept, self.finished_trials
         if kept is not None:
             trials = self._budget({"kept": kept}).finished
-        extra = f"  ({trials} trials)" if self.stage == "search" else ""
+        extra = f"  ({trials} trial{'' if trials == 1 else 's'})" if self.stage == "search" else ""
         if kept is not None and len(self.budgets) > 1:
             extra += f"  kept {budget_label(kept)}"
         return f"{self.stage:<10} {duration(took)}{extra}"

@@ -107,7 +107,10 @@ class _Search:
         run, study = self._run, self._study
         self._announce_missed()
         self._say_progress()
-        while not self._out_of_time() and (proposal := study.ask()) is not None:
+        while not self._out_of_time():
+            if (proposal := study.ask()) is None:
+                self._say_exhausted()
+                break
             run.worker.trial = proposal.number
             run.check()
             begun = time.monotonic()
@@ -186,6 +189,13 @@ class _Search:
             best = min(able, key=lambda row: (row["score"], row["number"]))
             run.set_best(study.kept, best["score"], best["number"])
         self._say_progress()
+
+    def _say_exhausted(self) -> None:
+        """Tell of a search that ends before all its trials; a budget near the smallest or dense has few vectors."""
+        done, planned = self._study.finished, self._study.planned
+        if done < planned:
+            told = f"The search at kept {self._study.kept:g} ends after {done} of {planned} trials: "
+            self._run.tell("warning", message=told + "it finds no further rank vector that meets the budget.")
 
     def _say_progress(self) -> None:
         trials, done = self._study.planned, self._study.finished

@@ -105,7 +105,8 @@ def _list(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
     try:
         found = [kind(part.strip()) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise InvalidInput(f"{option} {text}: write numbers with commas between") from None
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise InvalidInput(f"{option} {text}: write {numbers} with commas between") from None
     if not found or len(set(found)) < len(found):
         raise InvalidInput(f"{option} {text}: name at least one, and each of them once")
     return found

@@ -161,6 +161,10 @@ def build_spec(source: str | None, **flags: Any) -> dict[str, Any]:
         raise InvalidInput("name a model: --model HUB_ID_OR_FOLDER, or give a SPEC.json")
     if source is None and not (flags["kept"] or flags["bytes"]):
         raise InvalidInput("name a budget: --kept 0.8 keeps 80% of the parameters, --bytes 5GB what fits into 5 GB")
+    try:
+        json.dumps(spec, allow_nan=False)
+    except ValueError as error:
+        raise InvalidInput("a number of the job spec is NaN or infinite; write finite ones") from error
     return spec
 
 

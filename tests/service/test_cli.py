@@ -136,6 +136,8 @@ def test_the_same_key_makes_one_job(run: Run, url: str, body: dict[str, Any], tm
         (["submit", "--kept", "0.5"], "--model"),
         (["submit", "--model", "MODEL"], "--kept 0.8"),
         (["submit", "--model", "MODEL", "--kept", "half"], "write numbers"),
+        (["submit", "--model", "MODEL", "--kept", "nan"], "NaN or infinite"),
+        (["estimate", "--model", "MODEL", "--kept", "0.5", "--set", "search.timeout_seconds=1e999"], "NaN or infinite"),
         (["submit", "--model", "MODEL", "--bytes", "5 apples"], "write a number with a unit"),
         (["submit", "--model", "MODEL", "--bytes", "5GB", "--kept", "0.5"], "exclude"),
         (["submit", "--model", "MODEL", "--kept", "0"], "/budget/kept/0"),

@@ -218,7 +218,7 @@ def test_the_name_of_a_text_is_no_markup() -> None:
         (["--methods", "ranksearch,ranksearch"], "each of them once"),
         (["--methods", "ranksearch,soco/pivoted"], "soco/pivoted: /method: soco needs form factored"),
         (["--methods", "ranksearch", "--kept", "0"], "above 0 and at most 1"),
-        (["--methods", "ranksearch", "--seeds", "a"], "write numbers"),
+        (["--methods", "ranksearch", "--seeds", "0,1.5"], "write whole numbers"),
         (["--methods", "ranksearch", "--plot", "curves.txt"], ".svg, .png, .pdf"),
         (["--methods", "ranksearch", "--jobs", "job_a"], "takes the place"),
         ([], "--methods uniform,ranksearch"),

@@ -153,6 +153,22 @@ def test_a_study_shows_the_ranks_of_its_best_trial_drawn_when_they_are_looked_at
     assert client.post(f"/api/artifacts/{study_id}", json={"file": "data:,x"}).status_code == 403
 
 
+def test_every_trial_has_a_picture_of_its_own_ranks(client: TestClient, context: Context, study_id: int) -> None:
+    rows = trials_of(context.studies, "job_a", 0.5)
+    for trial, row in zip(client.get(f"/api/studies/{study_id}").json()["trials"], rows, strict=True):
+        (artifact,) = trial["artifacts"]
+        drawn = client.get(f"/artifacts/{study_id}/{trial['trial_id']}/{artifact['artifact_id']}")
+        assert (drawn.status_code, drawn.headers["content-type"]) == (200, "image/svg+xml")
+        assert f"job_a/0.5, trial {row['number']}:" in drawn.text
+        ranks = studies.SPACE.unpack(row["ranks"])
+        for target, cost in zip(studies.SPACE.targets, studies.SPACE.costs(ranks), strict=True):
+            share = 100 * cost / target.parameters
+            assert f"<title>{target.kind}, layer {target.depth}: {share:.1f}%</title>" in drawn.text
+    assert client.get(f"/artifacts/{study_id}/{trial['trial_id']}/{study_id}-0").status_code == 404  # another's
+    stored = context.studies.get_all_trials(study_id)
+    assert not any(key.startswith("artifacts") for kept in stored for key in kept.system_attrs)
+
+
 def test_a_study_of_both_objectives_is_served_with_its_front(client: TestClient, context: Context) -> None:
     run_study(context.studies, "job_b", kept=0.5, trials=4, objective="both")
     study_id = context.studies.get_study_id_from_name("job_b/0.5")

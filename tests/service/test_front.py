@@ -97,6 +97,15 @@ def test_the_table_marks_what_is_dominated() -> None:
     assert "0.2500 " in printed(front_table(report_of(None)))
 
 
+def test_the_dense_model_stands_once_above_the_budgets() -> None:
+    rows = [line.split()[:2] for line in printed(score_table(report_of(0.01))).splitlines()[1:]]
+    assert rows[0] == ["1", "dense"]
+    assert sum("dense" in row for row in rows) == 1
+    assert [kept for kept, name in rows if name == "final"] == [
+        f"{budget['kept']}" for budget in report_of(0.01)["budgets"]
+    ]
+
+
 def test_the_name_of_a_text_is_no_markup() -> None:
     report = json.loads(json.dumps(report_of(0.01)).replace("t.txt", "a[/b].txt"))
     assert "a[/b].txt perplexity" in printed(score_table(report))

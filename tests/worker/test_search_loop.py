@@ -106,6 +106,25 @@ def test_a_search_goes_by_gradients_and_without_them_by_scores_alone(
     run.put_away()
 
 
+@pytest.mark.one_database
+def test_a_search_that_runs_out_of_vectors_says_so(
+    worker: WorkerState, allowed: Path, tiny: Callable[..., nn.Module]
+) -> None:
+    spec = small_spec(
+        allowed,
+        tiny(vocab_size=300),
+        budget={"kept": [0.9, 1.0]},
+        search={"trials": 2},
+    )
+    run, ground = until_search(worker, spec)
+    for kept in (0.9, 1.0):
+        run.enter("search", kept)
+        search(run, ground, kept)
+    (warning,) = [event.data["message"] for event in worker.jobs.events(run.id) if event.kind == "warning"]
+    assert warning.startswith("The search at kept 1 ends after 1 of 2 trials")
+    run.put_away()
+
+
 def in_our_words(ask: Callable[..., Any]) -> Callable[..., Any]:
     """As the device process answers."""
 
