@@ -6,7 +6,6 @@ interrupted is offered first.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +19,6 @@ from ranksearch.search.trials import may_be_best
 from ranksearch.service.store.database import optuna_storage
 from ranksearch.worker.running_job import RunningJob
 from ranksearch.worker.stages import Ground
-
-log = logging.getLogger("ranksearch.worker.search")
 
 
 def search(run: RunningJob, ground: Ground, kept: float) -> dict[str, Any]:
@@ -107,10 +104,7 @@ class _Search:
         run, study = self._run, self._study
         self._announce_missed()
         self._say_progress()
-        while not self._out_of_time():
-            if (proposal := study.ask()) is None:
-                self._say_exhausted()
-                break
+        while (proposal := self._next()) is not None:
             run.worker.trial = proposal.number
             run.check()
             begun = time.monotonic()
@@ -126,6 +120,18 @@ class _Search:
             run.trial_seconds.append(self._seconds[-1])
             self._announce(proposal.number)
         run.worker.trial = None
+
+    def _next(self) -> Proposal | None:
+        """The next vector; where a search ends before all its trials, it is said why."""
+        if self._out_of_time():
+            proposal, why = None, f"its {self._spec.timeout_seconds:g} s (search.timeout_seconds) are used up."
+        else:  # a budget near the smallest or dense has few vectors
+            proposal, why = self._study.ask(), "it finds no further rank vector that meets the budget."
+        done, planned = self._study.finished, self._study.planned
+        if proposal is None and done < planned:
+            told = f"The search at kept {self._study.kept:g} ends after {done} of {planned} trials: {why}"
+            self._run.tell("warning", message=told)
+        return proposal
 
     def _evaluate(self, proposal: Proposal) -> dict[str, float] | None:
         """Score a vector part by part, unless its scores are known; None when it cannot become the best."""
@@ -190,13 +196,6 @@ class _Search:
             run.set_best(study.kept, best["score"], best["number"])
         self._say_progress()
 
-    def _say_exhausted(self) -> None:
-        """Tell of a search that ends before all its trials; a budget near the smallest or dense has few vectors."""
-        done, planned = self._study.finished, self._study.planned
-        if done < planned:
-            told = f"The search at kept {self._study.kept:g} ends after {done} of {planned} trials: "
-            self._run.tell("warning", message=told + "it finds no further rank vector that meets the budget.")
-
     def _say_progress(self) -> None:
         trials, done = self._study.planned, self._study.finished
         left = max(0, trials - done) + trials * (self._budgets - 1 - self._index)
@@ -212,10 +211,7 @@ class _Search:
         The time is that of its trials, so it goes on counting where a dead worker left off.
         """
         limit = self._spec.timeout_seconds
-        if limit is None or self._study.finished < self._study.required or sum(self._seconds) < limit:
-            return False
-        log.info("kept %g: search time of %g s is used up", self._study.kept, limit, extra={"job": self._run.id})
-        return True
+        return limit is not None and self._study.finished >= self._study.required and sum(self._seconds) >= limit
 
 
 def _silent(_: float) -> None:

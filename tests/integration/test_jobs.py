@@ -251,6 +251,8 @@ def test_no_trial_begins_when_the_time_is_up(worker: Machine, spec: Spec) -> Non
     job_id = worker.submit(spec(kept=[0.4], trials=1000, search={"timeout_seconds": 1e-6}))
     worker.succeeded(job_id)
     assert [row["origin"] for row in worker.trials(job_id, 0.4)] == ["prior", "uniform"]
+    (told,) = [event.data["message"] for event in worker.jobs.events(job_id) if event.kind == "warning"]
+    assert told.startswith("The search at kept 0.4 ends after 2 of 1000 trials: its 1e-06 s (search.timeout_seconds)")
 
 
 @on_sqlite
