@@ -18,7 +18,7 @@ from ranksearch.service.front import ALLOCATIONS, Excess, front, text_of
 
 PICTURES = (".svg", ".png", ".pdf")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-MORE_COLOURS = (*COLOURS, "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#393b79", "#637939")
+MORE_COLOURS = (*COLOURS, "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#393b79", "#637939", "#000000")
 
 #: Method -> for each of its runs the best score after each evaluation, not a number before the first.
 Curves = Mapping[str, Sequence[Sequence[float]]]
