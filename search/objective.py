@@ -33,7 +33,7 @@ def score_of(values: Sequence[float], dense_score: float) -> float:
 
 
 def objective_of(scores: Mapping[str, Any], objective: Objective, dense_score: float) -> float:
-    """That number of all scores by name."""
+    """The one number of a trial (`score_of`) from its scores by name."""
     return score_of([scores[name] for name in METRICS[objective]], dense_score)
 
 

@@ -207,7 +207,7 @@ class RankStudy:
         if not self.proposer.uses_gradients or OFF in self._storage.get_study_system_attrs(self._study_id):
             return None
         trials = self._trials()
-        trial, known = trials[number], sum(GRADIENTS in trial.system_attrs for trial in trials)
+        trial, known = trials[number], sum(GRADIENTS in each.system_attrs for each in trials)
         wanted = trial.user_attrs["origin"] in ("prior", "search") and GRADIENTS not in trial.system_attrs
         if not wanted or known >= MEASURED:
             return None

@@ -85,7 +85,7 @@ def best_trial(storage: BaseStorage, study_id: int) -> FrozenTrial | None:
 
 
 def best_of(trials: Sequence[FrozenTrial], dense_score: float) -> FrozenTrial | None:
-    """The same of a study's trials, where the score of the dense model is known."""
+    """The complete trial with the smallest score of these, the first one on ties; never a probe."""
     able = (t for t in trials if may_be_best(t.state.name, t.user_attrs.get("origin")))
     found = [(score_of(t.values, dense_score), t.number, t) for t in able]
     return min(found)[2] if found else None

@@ -83,14 +83,15 @@ class OnFirstUse:
 
 @contextmanager
 def absent(*modules: str) -> Iterator[None]:
-    """As if these modules were not installed, for what is imported inside, unless they are imported already."""
+    """As if these modules were not installed, unless they are imported already; what is imported inside, by whichever
+    thread, goes without them for good."""
     hidden = [module for module in modules if module not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is Python's way to say: not here
     try:
         yield
     finally:
         for module in hidden:
-            del sys.modules[module]
+            sys.modules.pop(module, None)
 
 
 class Heatmaps:

@@ -27,10 +27,12 @@ def score_table(report: dict[str, Any]) -> Table:
     for heading in ("evaluation", *tests):
         grid.add_column(Text(f"{heading} perplexity"), justify="right")
         grid.add_column("KL", justify="right")
+    shown = set[str]()
     for budget in budgets:
         for row in ROWS:
-            if row not in budget["scores"] or (row == "dense" and grid.row_count):  # it is the same for all
+            if row not in budget["scores"] or (row == "dense" and row in shown):  # it is the same for all
                 continue
+            shown.add(row)
             scores = budget["scores"][row]
             columns = [
                 scores.get("evaluation") or {},

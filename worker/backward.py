@@ -1,4 +1,4 @@
-"""A text's way through a model and back, in batches as large as memory allows."""
+"""Running a text through a model, forward and where asked backward, in smaller batches where memory is short."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sweep_text(
     run: Callable[[Sweep], None],
     pool: int | None = None,
 ) -> None:
-    """Has a text swept through a model and back, all over again in smaller batches where memory does not suffice.
+    """Runs a sweep over a text; after an OutOfMemoryError again from the start, with half the batch.
 
     Args:
         model: A causal language model; it comes back as it was.

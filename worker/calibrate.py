@@ -149,10 +149,10 @@ def calibrate(
     limit = min(MOST_ON_DEVICE, free // 2) if memory_limit is None else memory_limit
     sections = plan_sections(model, groups, blocks, bytes_of=partial(bytes_of, needs=needs), limit=limit)
     rows = 1 if only == "fisher" else max(1, batch_tokens // blocks.shape[1])
-    slope = SlopeOfLoss(readout, drawn=labels == "model")
     with CalibrationWriter(groups, needs, blocks, file) as writer:
 
         def collect(sweep: Sweep) -> None:
+            slope = SlopeOfLoss(readout, drawn=labels == "model")  # draws the same labels each time
             _collect(model, sections, sweep, slope, writer, needs=needs, progress=progress, complete=complete)
 
         sweep_text(model, readout, sections, blocks, rows=rows, pool=pool, scratch=scratch, run=collect)

@@ -19,19 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.search.gradients import GRADIENT_TOKENS
-from ranksearch.search.targets import Target
 from ranksearch.worker.backward import sweep_text
+from ranksearch.worker.calibrate import MOST_ON_DEVICE
 from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.loss_slope import SlopeOfLoss
 from ranksearch.worker.prefix import PrefixLinear, PrefixModel
 from ranksearch.worker.readout import Readout
-from ranksearch.worker.sections import plan_sections
+from ranksearch.worker.sections import Section, plan_sections
 from ranksearch.worker.spread import devices_of
 from ranksearch.worker.sweep import Sweep
-
-#: Numbers that a backward pass keeps for each token, per feature that a target reads or writes. Four are enough for
-#: attention that keeps its weights, as on CUDA, up to 2,048 tokens a sequence; fused attention takes one.
-KEPT = 4
 
 Edges = Sequence[int]
 """Component numbers, ascending: neighbouring ones are the ends of a band."""
@@ -51,8 +47,8 @@ def component_gradients(
         prefix: The model at the ranks it runs.
         edges: Target -> edges of its bands, in components of the bank.
         blocks: Token ids, `sequences x length`.
-        batch_tokens: Tokens per forward and backward pass, at least one sequence; fewer where what is kept for the way
-            back would take more than half of the free memory. What is too much even for one sequence goes in sections.
+        batch_tokens: Tokens per forward and backward pass, at least one sequence; halved when a device's memory does
+            not suffice. Where it does not for one sequence either, blocks are run one at a time.
         scratch: Folder on a disk for what lies between sections; the system's own when None.
 
     Returns:
@@ -64,12 +60,8 @@ def component_gradients(
     """
     model = prefix.model
     readout = Readout(model, blocks)
-    room = sum(map(free_bytes, devices_of(model))) // 2
-    kept = partial(_kept_bytes, tokens=blocks.shape[1], width=next(model.parameters()).element_size())
-    rows = max(1, min(batch_tokens // blocks.shape[1], room // kept(prefix.targets)))
-    groups = [[target] for target in prefix.targets]
-    sections = plan_sections(model, groups, blocks, bytes_of=lambda group: rows * kept(group), limit=room)
     slope, found = SlopeOfLoss(readout, drawn=False), dict[str, list[float]]()
+    rows = max(1, batch_tokens // blocks.shape[1])
 
     def run(sweep: Sweep) -> None:
         with _Gates(prefix, edges) as gates:
@@ -77,7 +69,14 @@ def component_gradients(
         tokens = blocks.shape[0] * (blocks.shape[1] - 1)
         found.update({name: (total / tokens).tolist() for name, total in gates.totals.items()})
 
-    sweep_text(model, readout, sections, blocks, rows=rows, scratch=scratch, run=run)
+    for blockwise in (False, True):
+        sections = _plan(prefix, blocks, blockwise=blockwise)
+        try:
+            sweep_text(model, readout, sections, blocks, rows=rows, scratch=scratch, run=run)
+            break
+        except torch.OutOfMemoryError:
+            if blockwise:
+                raise
     return found
 
 
@@ -91,9 +90,13 @@ def gradient_text(calibration: Tensor, evaluated: int) -> Tensor:
     return calibration[: -(-max(evaluated, GRADIENT_TOKENS) // calibration.shape[1])]
 
 
-def _kept_bytes(targets: Sequence[Target], *, tokens: int, width: int) -> int:
-    """What a backward pass of one sequence keeps in the blocks of some targets."""
-    return KEPT * tokens * width * sum(target.in_features + target.out_features for target in targets)
+def _plan(prefix: PrefixModel, blocks: Tensor, *, blockwise: bool) -> list[Section]:
+    """All blocks together unless their weights have to be fetched, or each by itself."""
+    groups = [[target] for target in prefix.targets]
+    if blockwise:
+        return plan_sections(prefix.model, groups, blocks, bytes_of=len, limit=0)
+    limit = min(MOST_ON_DEVICE, min(map(free_bytes, devices_of(prefix.model))) // 2)
+    return plan_sections(prefix.model, groups, blocks, bytes_of=lambda group: 0, limit=limit)
 
 
 def _sweep(sweep: Sweep, sections: int, slope: SlopeOfLoss) -> None:

@@ -94,6 +94,7 @@ class Loaded:
 
     def take_bank(self, job: Mapping[str, Any]) -> FactorBank:
         """Gives the bank away: nothing here holds it afterwards."""
+        self.free("scorer")
         bank = self.bank(job)
         del self._held["bank"]
         return bank
@@ -111,6 +112,7 @@ class Loaded:
 
     def keep_ahead(self, job: Mapping[str, Any], ahead: Ahead) -> None:
         """Keeps the job's bank in the making."""
+        self.free("ahead")
         self._held["ahead"] = (job["id"], ahead)
 
     def ahead(self, job: Mapping[str, Any]) -> Ahead | None:

@@ -52,11 +52,12 @@ class Scorer:
         trial = self._trial
         if trial is None or trial.number != number or len(trial.parts) != index:
             raise RanksearchError(f"trial {number} was not begun in this process", index=index)
+        self._trial = None  # unless all goes well: what raised has no further parts
         part = next(trial.rest, None)
         if part is None:
-            self._trial = None
             return Scores.union(trial.parts), True
         trial.parts.append(part)
+        self._trial = trial
         return part, False
 
     def close(self) -> None:

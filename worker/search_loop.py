@@ -122,16 +122,18 @@ class _Search:
         run.worker.trial = None
 
     def _next(self) -> Proposal | None:
-        """The next vector; where a search ends before all its trials, it is said why."""
+        """The next vector; a warning tells why a search ends before all its trials."""
         if self._out_of_time():
             proposal, why = None, f"its {self._spec.timeout_seconds:g} s (search.timeout_seconds) are used up."
         else:  # a budget near the smallest or dense has few vectors
             proposal, why = self._study.ask(), "it finds no further rank vector that meets the budget."
+        if proposal is not None:
+            return proposal
         done, planned = self._study.finished, self._study.planned
-        if proposal is None and done < planned:
+        if done < planned:
             told = f"The search at kept {self._study.kept:g} ends after {done} of {planned} trials: {why}"
             self._run.tell("warning", message=told)
-        return proposal
+        return None
 
     def _evaluate(self, proposal: Proposal) -> dict[str, float] | None:
         """Score a vector part by part, unless its scores are known; None when it cannot become the best."""

@@ -5,13 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranksearch.worker import backward
 from ranksearch.worker import component_gradients as module
-from ranksearch.worker.backward import _differentiable
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.calibrate import calibrate
 from ranksearch.worker.component_gradients import component_gradients
@@ -107,44 +104,26 @@ def test_a_fetched_model_gives_the_same_block_by_block(tiny, blocks):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize(("share", "sections", "rows"), [(4.0, 1, 2), (2.0, 1, 1), (1.0, 2, 1)])
-def test_little_room_takes_small_batches_and_then_sections(tiny, blocks, monkeypatch, share, sections, rows):
+def test_blocks_are_run_one_at_a_time_where_one_sequence_is_too_much(tiny, blocks, monkeypatch):
     model = tiny()
     targets = find_targets(model)
     bank = build_bank(model, targets, None, metric="weight")
     edges, runs = {t.name: [2, 3, 5] for t in targets}, []
-    one = module._kept_bytes(targets, tokens=blocks.shape[1], width=4)
 
-    def sweep_text(model, readout, parts, text, *, rows, **rest):
-        runs.append((len(parts), rows))
-        backward.sweep_text(model, readout, parts, text, rows=rows, **rest)
+    def sweep_text(model, readout, sections, *rest, **options):
+        runs.append([section.parts for section in sections])
+        if len(sections) == 1:
+            raise torch.OutOfMemoryError
+        backward.sweep_text(model, readout, sections, *rest, **options)
 
     with PrefixModel(model, bank, targets) as prefix:
         prefix.set_ranks({t.name: 3 for t in targets})
         expected = component_gradients(prefix, edges, blocks[:4])
         monkeypatch.setattr(module, "sweep_text", sweep_text)
-        monkeypatch.setattr(module, "free_bytes", lambda device: int(share * one))  # half of which may be taken
         found = component_gradients(prefix, edges, blocks[:4])
-    assert runs == [(sections, rows)]
+    assert runs == [[None], [range(index, index + 1) for index in range(model.config.num_hidden_layers)]]
     for name in edges:
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("attention", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_a_backward_pass_keeps_no_more_than_is_reckoned_with(tiny, family, attention):
-    model = tiny(family, hidden_size=128, intermediate_size=256)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept, ids = dict[int, torch.Tensor](), torch.randint(5, 90, (2, 60))
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with _differentiable(model), sdpa_kernel(attention), saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.base_model(input_ids=ids)
-    size = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    assert 0 < size <= 2 * module._kept_bytes(find_targets(model), tokens=60, width=4)
 
 
 def test_less_memory_takes_smaller_batches(tiny, blocks, monkeypatch):
