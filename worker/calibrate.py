@@ -33,21 +33,16 @@ from torch import Tensor, nn
 from ranksearch.search.targets import Target
 from ranksearch.worker.backward import sweep_text
 from ranksearch.worker.calibration_file import CalibrationWriter, bytes_of
-from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.loss_slope import SlopeOfLoss
 from ranksearch.worker.metrics import Needs, Only
 from ranksearch.worker.observe import Observer
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.residual_stream import by_block
 from ranksearch.worker.sections import Groups, Section, plan_sections
-from ranksearch.worker.spread import devices_of
 from ranksearch.worker.sweep import Sweep
 
 Progress = Callable[[float], None]
 Complete = Callable[["Calibration"], None]
-
-#: Bytes of covariances that are collected at once, at most: more sections cost little by then.
-MOST_ON_DEVICE = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +125,7 @@ def calibrate(
         batch_tokens: Tokens per forward (and backward) pass, at least one sequence, and no more than one for `fisher`;
             halved when a device's memory does not suffice.
         memory_limit: Bytes of covariances, and of weights that have to be fetched, to hold on the device at once; the
-            model is run in sections when they do not fit. None is `MOST_ON_DEVICE`, or half of what is free if less.
+            model is run in sections when they do not fit; see `plan_sections` for None.
         file: Where the covariances are written as they come, to be read from there; kept in memory when None.
         scratch: Folder on a disk for what lies between sections; the system's own when None.
         progress: Told the fraction done.
@@ -145,9 +140,7 @@ def calibrate(
     needs = Needs(gradients=gradients, pool=pool, only=only)
     readout = Readout(model, blocks)
     groups = _shared_inputs(model, targets, readout, blocks)
-    free = min(map(free_bytes, devices_of(model)))
-    limit = min(MOST_ON_DEVICE, free // 2) if memory_limit is None else memory_limit
-    sections = plan_sections(model, groups, blocks, bytes_of=partial(bytes_of, needs=needs), limit=limit)
+    sections = plan_sections(model, groups, blocks, bytes_of=partial(bytes_of, needs=needs), limit=memory_limit)
     rows = 1 if only == "fisher" else max(1, batch_tokens // blocks.shape[1])
     with CalibrationWriter(groups, needs, blocks, file) as writer:
 

@@ -20,13 +20,10 @@ from torch import Tensor, nn
 
 from ranksearch.search.gradients import GRADIENT_TOKENS
 from ranksearch.worker.backward import sweep_text
-from ranksearch.worker.calibrate import MOST_ON_DEVICE
-from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.loss_slope import SlopeOfLoss
 from ranksearch.worker.prefix import PrefixLinear, PrefixModel
 from ranksearch.worker.readout import Readout
 from ranksearch.worker.sections import Section, plan_sections
-from ranksearch.worker.spread import devices_of
 from ranksearch.worker.sweep import Sweep
 
 Edges = Sequence[int]
@@ -95,8 +92,7 @@ def _plan(prefix: PrefixModel, blocks: Tensor, *, blockwise: bool) -> list[Secti
     groups = [[target] for target in prefix.targets]
     if blockwise:
         return plan_sections(prefix.model, groups, blocks, bytes_of=len, limit=0)
-    limit = min(MOST_ON_DEVICE, min(map(free_bytes, devices_of(prefix.model))) // 2)
-    return plan_sections(prefix.model, groups, blocks, bytes_of=lambda group: 0, limit=limit)
+    return plan_sections(prefix.model, groups, blocks, bytes_of=lambda group: 0)
 
 
 def _sweep(sweep: Sweep, sections: int, slope: SlopeOfLoss) -> None:

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from ranksearch.search.errors import UnsupportedModel
 from ranksearch.search.targets import Target
+from ranksearch.worker.hardware import free_bytes
 from ranksearch.worker.placement import fetched
+from ranksearch.worker.spread import devices_of
 from ranksearch.worker.stream import BlockStream
+
+#: Bytes of what is collected at once, at most: more sections cost little by then.
+MOST_ON_DEVICE = 4 << 30
 
 #: Targets that share their inputs, in groups.
 Groups = list[list[Target]]
@@ -30,7 +35,12 @@ class Section:
 
 
 def plan_sections(
-    model: nn.Module, groups: Groups, ids: Tensor, *, bytes_of: Callable[[Sequence[Target]], int], limit: int
+    model: nn.Module,
+    groups: Groups,
+    ids: Tensor,
+    *,
+    bytes_of: Callable[[Sequence[Target]], int],
+    limit: int | None = None,
 ) -> list[Section]:
     """Chooses the fewest sections that fit.
 
@@ -41,8 +51,11 @@ def plan_sections(
         groups: Targets that share their inputs, in the model's order.
         ids: Token ids, to try the blocks on.
         bytes_of: Of what is collected for one group.
-        limit: Bytes of that, and of weights that have to be fetched, to hold at once.
+        limit: Bytes of that, and of weights that have to be fetched, to hold at once. None is `MOST_ON_DEVICE`, or half
+            of what is free if less.
     """
+    if limit is None:
+        limit = min(MOST_ON_DEVICE, min(map(free_bytes, devices_of(model))) // 2)
     moments = sum(bytes_of(group) for group in groups)
     if moments <= limit and not fetched(model):
         return [Section(parts=None, passes=[groups])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def priced(draw: st.DrawFn, space: RankSpace) -> RankSpace:
     return replace(space, prices=tuple(draw(curves(t.full_rank)) for t in space.targets))
 
 
-def llama_space(blocks: int = 6, width: int = 64, hidden: int = 172, kv: int = 32, **options: object) -> RankSpace:
+def llama_space(blocks: int = 6, width: int = 64, hidden: int = 172, kv: int = 32, **options: Any) -> RankSpace:
     """The targets of a LLaMA-shaped model: seven matrices a block."""
     shapes = {
         "self_attn.q_proj": (width, width),
@@ -49,7 +50,7 @@ def llama_space(blocks: int = 6, width: int = 64, hidden: int = 172, kv: int = 3
         for depth in range(blocks)
         for kind, (m, n) in shapes.items()
     )
-    return RankSpace(targets=targets, **options)  # type: ignore[arg-type]
+    return RankSpace(targets=targets, **options)
 
 
 def power_spectra(space: RankSpace, seed: int = 0, scale: float = 0.5) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ KEPT = 0.4
 def open_study(
     storage: optuna.storages.BaseStorage, space: RankSpace = SPACE, preset: str = "ranksearch", **changes: object
 ) -> RankStudy:
-    spec = Search(**{"trials": 8, "pruner": "none", "seed": 3, **changes})  # type: ignore[arg-type]
+    spec = Search.model_validate({"trials": 8, "pruner": "none", "seed": 3, **changes})
     return RankStudy(
         storage=storage,
         job_id="job_a",

@@ -9,6 +9,7 @@ from ranksearch.search.gradients import MEASURED, bands, log_sensitivities
 from ranksearch.search.space import RankSpace
 from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
+from ranksearch.search.targets import Form
 
 from .cases import llama_space, power_spectra
 from .synthetic import DENSE, Problem, problem
@@ -23,7 +24,7 @@ def open_study(made: Problem, storage: optuna.storages.BaseStorage, **changes: o
         kept=KEPT,
         space=made.space,
         spectra=made.spectra,
-        spec=Search(**{"trials": 9, "pruner": "none", **changes}),  # type: ignore[arg-type]
+        spec=Search.model_validate({"trials": 9, "pruner": "none", **changes}),
         dense_score=DENSE,
     )
 
@@ -46,10 +47,10 @@ def gain(study: RankStudy, made: Problem) -> float:
 
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_bands_are_components_that_a_rank_may_reach(form: str, multiple: int) -> None:
+def test_bands_are_components_that_a_rank_may_reach(form: Form, multiple: int) -> None:
     space = llama_space(blocks=2)
     fixed = ("*.0.*.q_proj",)
-    space = RankSpace(targets=space.targets, form=form, rank_multiple=multiple, keep_dense=fixed)  # type: ignore[arg-type]
+    space = RankSpace(targets=space.targets, form=form, rank_multiple=multiple, keep_dense=fixed)
     for ranks in (space.low_ranks, space.top_ranks, space.full_ranks, (space.low_ranks + space.top_ranks) // 2):
         around = bands(space, ranks)
         assert np.all((around.low <= around.rank) & (around.rank <= around.high))

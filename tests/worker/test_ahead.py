@@ -146,7 +146,7 @@ def test_nothing_is_queued_that_nobody_takes(
 def test_a_job_finds_the_bank_that_was_begun_and_makes_it_after_a_crash(
     settings: Settings, allowed: Path, tiny: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ranksearch.worker.calibrate.MOST_ON_DEVICE", 1)
+    monkeypatch.setattr("ranksearch.worker.sections.MOST_ON_DEVICE", 1)
     engine, device = open_database(settings), HereAndNow()
     worker = worker_here(settings, engine, device)
     spec = small_spec(
