@@ -14,12 +14,14 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
+from optuna.storages import BaseStorage
 
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.space import RankSpace
@@ -80,14 +82,15 @@ class Bench:
             self._banks[metric] = build_bank(self.model, self.targets, found, metric=metric)
         return self._banks[metric]
 
-    def run(self, preset: str, kept: float) -> dict[str, Any]:
-        """One preset at one budget."""
+    def run(self, preset: str, kept: float, storage: BaseStorage, before: Sequence[float]) -> dict[str, Any]:
+        """One preset at one budget, which takes over what those before it have probed."""
         bank = self.bank(PRESETS[preset].metric or "two_sided")
         begun = time.perf_counter()
         study = RankStudy(
-            storage=optuna.storages.InMemoryStorage(),
-            job_id="benchmark",
+            storage=storage,
+            job_id=preset,
             kept=kept,
+            siblings=before if PRESETS[preset].ranks == "probes" else (),
             space=self.space,
             spectra=bank.spectra,
             spec=Search(trials=self.args.trials, pruner="none", seed=self.args.seed),
@@ -95,15 +98,19 @@ class Bench:
             preset=preset,
             similarity={name: facts["similarity"] for name, facts in bank.facts.items()},
         )
+        evaluations = 0
         with PrefixModel(self.model, bank, self.targets) as prefix:
             while (proposal := study.ask()) is not None:
                 prefix.set_ranks(self.space.as_dict(proposal.ranks))
-                score = self.text.score(self.model)
-                scores = {"perplexity": score.perplexity, "kl": score.kl}
+                scores = proposal.scores
+                if scores is None:
+                    evaluations += 1
+                    score = self.text.score(self.model)
+                    scores = {"perplexity": score.perplexity, "kl": score.kl}
                 if (edges := study.bands(proposal.number)) is not None:
                     some = gradient_text(self.calibration_blocks, self.text.dense.tokens)
                     study.tell_gradients(proposal.number, component_gradients(prefix, edges, some))
-                study.tell(proposal.number, score=score.perplexity, scores=scores, seconds=0.0, worker="benchmark")
+                study.tell(proposal.number, score=scores["perplexity"], scores=scores, seconds=0.0, worker="benchmark")
             seconds = time.perf_counter() - begun
             assert study.best is not None
             prefix.set_ranks(self.space.as_dict(study.best.ranks))
@@ -116,7 +123,7 @@ class Bench:
             "test_kl": test.kl,
             "excess": math.log(test.perplexity / self.test.dense.perplexity),
             "evaluation_perplexity": evaluation.perplexity,
-            "evaluations": study.finished,
+            "evaluations": evaluations,
             "seconds": seconds,
         }
 
@@ -131,7 +138,8 @@ def main() -> None:
     print("|---" + "|---:" * (3 * len(budgets)) + "|", flush=True)
     rows: list[dict[str, Any]] = []
     for preset in args.presets.split(","):
-        own = [bench.run(preset, kept) for kept in budgets]
+        storage = optuna.storages.InMemoryStorage()
+        own = [bench.run(preset, kept, storage, budgets[:place]) for place, kept in enumerate(budgets)]
         rows += own
         cells = (f"{row['test_perplexity']:.2f} | {row['excess']:.4f} | {row['evaluations']}" for row in own)
         print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)

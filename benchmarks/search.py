@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kept", default="0.4", help="budgets, comma separated")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="of the samplers, comma separated")
     parser.add_argument("--form", default="factored", choices=("factored", "pivoted"))
     parser.add_argument("--sequences", type=int, default=256, help="calibration sequences")
     parser.add_argument("--evaluation", type=int, default=64, help="evaluation sequences")
@@ -262,13 +262,13 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    budgets = [float(kept) for kept in args.kept.split(",")]
+    budgets, seeds = ([kind(x) for x in text.split(",")] for kind, text in ((float, args.kept), (int, args.seeds)))
     found: list[dict[str, Any]] = []
     with (made_up_problems if args.synthetic else real_problems)(args, budgets) as problems:
         for kept, problem_of in problems.items():
             runs: list[dict[str, Any]] = []
             for sampler in args.samplers.split(","):
-                for seed in range(args.seeds):
+                for seed in seeds:
                     runs.append(run(problem_of(seed), sampler, seed, args.trials))
                 print(f"{kept:g} {sampler}: {runs[-1]['figures'][-1]:.4f}", file=sys.stderr, flush=True)
                 if args.json:
@@ -276,7 +276,7 @@ def main() -> None:
                     document = {"arguments": facts, "problems": [*found, {"kept": kept, "runs": runs}]}
                     args.json.write_text(json.dumps(document, indent=1))
             found.append({"kept": kept, "runs": runs})
-            show(problem_of(0), runs, args.trials)
+            show(problem_of(seeds[0]), runs, args.trials)
             show_race(runs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ranksearch.search.errors import ImpossibleBudget, InvalidInput
@@ -57,27 +58,38 @@ def check_budget(spec: JobSpec, space: RankSpace, kept: float) -> None:
 
 
 def check_searches(spec: JobSpec, space: RankSpace) -> None:
-    """Refuse budgets and presets that cannot be searched; of latency only a space with prices tells.
+    """Refuse budgets and presets that cannot be searched.
+
+    Of budgets of latency only a space with prices tells, which comes late: one that can be met is enough for the job to
+    go on, and the others fail each by itself.
 
     Raises:
-        ImpossibleBudget: No rank vector meets a budget; `data` holds `kept`, `minimum_kept`.
+        ImpossibleBudget: No rank vector meets a budget, or any budget of latency; `data` holds `kept`, `minimum_kept`.
         InvalidInput: The preset would take more trials than a budget may have.
     """
-    if spec.budget.of == "latency" and space.prices is None:
+    late = spec.budget.of == "latency"
+    if late and space.prices is None:
         return
+    possible, refused = [], None
     for kept in spec.budget.kept:
-        check_budget(spec, space, kept)
-    check_trials(spec, space)
+        try:
+            check_budget(spec, space, kept)
+            possible.append(kept)
+        except ImpossibleBudget as error:
+            refused = refused or error
+    if refused is not None and not (late and possible):
+        raise refused
+    check_trials(spec, space, possible)
 
 
-def check_trials(spec: JobSpec, space: RankSpace) -> None:
+def check_trials(spec: JobSpec, space: RankSpace, budgets: Iterable[float]) -> None:
     """Refuse a preset that would measure more vectors of this model than a budget may have trials.
 
     Raises:
         InvalidInput: `data` holds the `trials` and the `most` allowed.
     """
     preset = spec.method.preset
-    planned = max(planned_trials(preset, spec.search.trials, space, kept) for kept in spec.budget.kept)
+    planned = max(planned_trials(preset, spec.search.trials, space, kept) for kept in budgets)
     if planned > MOST_TRIALS:
         raise InvalidInput(
             f"preset {preset} would take {planned} trials for the {len(space.targets)} targets of this model, and a "

@@ -111,7 +111,7 @@ def check_budgets(spec: JobSpec, space: RankSpace) -> None:
         with at(f"/budget/kept/{place}"):
             check_budget(spec, space, kept)
     with at("/method/preset"):
-        check_trials(spec, space)
+        check_trials(spec, space, spec.budget.kept)
 
 
 def with_kept(spec: JobSpec, tensors: Tensors) -> JobSpec:

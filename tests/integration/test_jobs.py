@@ -211,6 +211,18 @@ def test_decode_times_are_measured_once_and_tell_the_smallest_budget(worker: Mac
     assert second == first
     assert [len(worker.events(job_id, "prices.cache_hit")) for job_id in jobs] == [0, 1]
 
+    # one that can be met is done all the same
+    both = worker.submit(spec(budget={**budget, "kept": [1.0, 0.001]}, method=method))
+    error = worker.finished(both).error
+    assert error is not None
+    assert (error["code"], error["stage"]) == ("impossible_budget", "search")
+    assert first["message"] in error["message"]
+    report = worker.jobs.report(both)
+    assert report is not None
+    assert [found["kept"] for found in report["budgets"]] == [1.0]
+    told = [event.data["message"] for event in worker.events(both, "warning")]
+    assert f"kept 0.001 failed: {first['message']} The other budgets go on." in told
+
 
 @on_sqlite
 def test_a_job_with_a_step_after_the_search_says_what_it_did(worker: Machine, spec: Spec) -> None:
