@@ -3,8 +3,9 @@
     python benchmarks/presets.py --model MODEL --train train.txt --test test.txt --kept 0.6,0.4,0.25 --json table.json
 
 What `ranksearch compare` does over REST, in one process: each preset in its own metric, all on the same calibration,
-evaluation and test text; searches get `--trials` evaluations. The last column of each budget is the excess
-ln(perplexity / dense perplexity).
+evaluation and test text; searches get `--trials` trials. Of each budget the columns are the test perplexity, the excess
+ln(perplexity / dense perplexity), and the evaluations that took, with what gradients count as and without what an
+earlier budget has measured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ranksearch.search.study import RankStudy
 from ranksearch.search.targets import Metric
 from ranksearch.worker.bank import FactorBank, build_bank
 from ranksearch.worker.calibrate import calibrate
-from ranksearch.worker.component_gradients import component_gradients, gradient_text
+from ranksearch.worker.component_gradients import component_gradients, evaluations_of, gradient_text
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.metrics import NEEDS
 from ranksearch.worker.models import load_model
@@ -109,6 +110,7 @@ class Bench:
                     scores = {"perplexity": score.perplexity, "kl": score.kl}
                 if (edges := study.bands(proposal.number)) is not None:
                     some = gradient_text(self.calibration_blocks, self.text.dense.tokens)
+                    evaluations += evaluations_of(some, self.text.dense.tokens)
                     study.tell_gradients(proposal.number, component_gradients(prefix, edges, some))
                 study.tell(proposal.number, score=scores["perplexity"], scores=scores, seconds=0.0, worker="benchmark")
             seconds = time.perf_counter() - begun

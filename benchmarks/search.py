@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from ranksearch.search.spec import Search
 from ranksearch.search.study import RankStudy
 from ranksearch.worker.bank import build_bank
 from ranksearch.worker.calibrate import calibrate
-from ranksearch.worker.component_gradients import component_gradients, gradient_text
+from ranksearch.worker.component_gradients import component_gradients, evaluations_of, gradient_text
 from ranksearch.worker.evaluate import Evaluation
 from ranksearch.worker.models import load_model
 from ranksearch.worker.prefix import PrefixModel
@@ -156,7 +155,7 @@ def real_problems(
                 figure=lambda perplexity: excess("evaluation", perplexity),
                 test=lambda ranks: excess("test", score("test", ranks)),
                 gradients=gradients,
-                gradient_cost=math.ceil(3 * len(measuring) / args.evaluation),
+                gradient_cost=evaluations_of(measuring, texts["evaluation"].dense.tokens),
             )
 
         yield {kept: partial(problem, kept) for kept in budgets}

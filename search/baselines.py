@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.bolaco import Bolaco
 from ranksearch.search.coordinates import BOUND, Coordinates
-from ranksearch.search.draw import POINT, Draw, Sampler, draw_seed, stable
+from ranksearch.search.draw import MOST, POINT, Draw, Sampler, draw_seed, stable
 from ranksearch.search.evolution import Evolution, Swaps
 from ranksearch.search.space import Floats
 
@@ -73,7 +73,7 @@ class Tilted:
         with stable():
             sampler = self._make(seed=draw_seed(self._seed, number))
         shadow = optuna.create_study(sampler=sampler, direction="minimize")
-        shadow.add_trials(trials)
+        shadow.add_trials(trials if self._make is not optuna.samplers.GPSampler else trials[-MOST:])
         tilts = shadow.ask({name: FloatDistribution(-BOUND, BOUND) for name in self._coordinates.names}).params
         return Draw(ranks=self._allocator.waterfill(self._kept, self._coordinates.log_weights(tilts)))
 

@@ -19,7 +19,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.coordinates import kind_names
-from ranksearch.search.draw import ATTEMPTS, POINT, Draw, draw_seed, stable, taken
+from ranksearch.search.draw import ATTEMPTS, MOST, POINT, Draw, draw_seed, stable, taken
 from ranksearch.search.plan import ATTENTION, check_sampler, has_attention, sampled_space
 from ranksearch.search.space import Ranks, RankSpace, proportional
 
@@ -68,9 +68,10 @@ class Bolaco:
             sampler = optuna.samplers.GPSampler(seed=draw_seed(self._seed, number), n_startup_trials=_FIRST)
         shadow = optuna.create_study(sampler=sampler, direction="minimize")
         distributions = {name: FloatDistribution(LOW, HIGH) for name in self.names}
-        for trial in trials:
-            if trial.state == TrialState.COMPLETE and (point := trial.user_attrs.get(POINT)) is not None:
-                shadow.add_trial(create_trial(params=point, distributions=dict(distributions), value=trial.value))
+        complete = [t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs.get(POINT) is not None]
+        for trial in complete[-MOST:]:
+            point = trial.user_attrs[POINT]
+            shadow.add_trial(create_trial(params=point, distributions=dict(distributions), value=trial.value))
         return dict(shadow.ask(dict(distributions)).params)
 
 

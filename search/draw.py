@@ -17,6 +17,8 @@ from ranksearch.search.space import Ranks, RankSpace
 
 POINT = "point"
 """The trial's user attribute with the sampler's own point."""
+MOST = 256
+"""A Gaussian process of a published search learns from the latest so many trials: its time grows with their cube."""
 ATTEMPTS = 24
 """Draws after which a sampler gives up looking for a vector that no trial has."""
 

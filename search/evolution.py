@@ -79,7 +79,7 @@ class Evolution(_Mutation):
         worth = rng.random(len(parent))
         for _ in range(rng.integers(1, _MOST_SWITCHES + 1, size=2).min()):
             if not len(free := self._free(child)):
-                return child
+                break
             down = int(rng.choice(free))
             child = self._lowered(child, down, LEVEL * dense[down])
             worth[down] = -1.0

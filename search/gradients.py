@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # gradients are measured where there may be no optuna
 
 GRADIENTS = "ranksearch:gradients"
 """The trial's system attribute with `less` and `more`, packed."""
+COST = "ranksearch:gradient evaluations"
+"""The trial's system attribute that says as how many evaluations its gradients count."""
 GRADIENT_TOKENS = 16384
 """Tokens that they are measured on, at least; otherwise as many as the evaluation has."""
 MEASURED = 4

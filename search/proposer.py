@@ -30,11 +30,17 @@ if TYPE_CHECKING:
     from ranksearch.search.sampler import RankSampler
 
 
+STOPPING = ("ranksearch", "random", "tpe", "evolutionary", "swaps")
+"""Samplers that lose nothing with a stopped trial: they learn from what it has shown, or from the best one alone. The
+others model scores, and most of what they draw would have none."""
+
+
 class Proposer:
     """Chooses the next vector of one job and budget.
 
     Attributes:
         other_budgets: Budgets of the same job whose trials inform this search, the nearest first.
+        stops_trials: Whether a trial may be stopped when it is clearly worse than the best one.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Proposer:
         self._preset_name, self._preset = preset, PRESETS[preset]
         sampler = self._preset.sampler or spec.sampler
         other = self._preset.ranks == "search" and sampler != "ranksearch"
+        self.stops_trials = sampler in STOPPING
         self._baseline = baseline(sampler, allocator, kept, spec.seed) if other else None
         nearest = sorted(siblings, key=lambda other: abs(other - kept))
         self.other_budgets = [other for other in nearest if other != kept]

@@ -33,6 +33,7 @@ from ranksearch.search.siblings import Sibling
 from ranksearch.search.space import Floats, Ranks
 from ranksearch.search.surrogate import Observations, SensitivityModel
 from ranksearch.search.threads import one_thread
+from ranksearch.search.trials import scored
 
 _STRETCH = (1.0, 0.7, 1.3, 0.4, 1.7)
 _DRAWS = 20
@@ -98,7 +99,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The tilts of the proposed vector; the vector goes into the user attribute."""
-        trials = study.get_trials(deepcopy=False)
+        trials = scored(study.get_trials(deepcopy=False), self._dense_score)
         ranks = self.propose([t for t in trials if t.number != trial.number], trial.number)
         study._storage.set_trial_user_attr(trial._trial_id, RANKS, self._space.pack(ranks))
         return self._coordinates.project(self._allocator.tilts(ranks))

@@ -16,9 +16,6 @@ from torch.quasirandom import SobolEngine
 from ranksearch.search.coordinates import RANKS
 from ranksearch.search.space import Floats, Ranks, RankSpace, proportional
 
-MOST = 256
-"""A process over all shares learns from the latest so many trials."""
-
 
 class Shares:
     """Turns rank vectors into shares and back.
@@ -51,8 +48,13 @@ class Shares:
 
 
 def log_score(trial: FrozenTrial) -> float:
-    """Smaller is better; infinite for a trial that has no score."""
-    return math.log(max(trial.value, 1e-300)) if trial.state == TrialState.COMPLETE and trial.value else math.inf
+    """Smaller is better; infinite for a trial that has no score.
+
+    The logarithm from 1 on, where perplexities lie, and linear below, where losses in nats do, which may be negative.
+    """
+    if trial.state != TrialState.COMPLETE or trial.value is None:
+        return math.inf
+    return math.log(trial.value) if trial.value > 1 else trial.value - 1
 
 
 def sobol(count: int, dimensions: int, seed: int, *, skip: int = 0) -> Tensor:

@@ -262,9 +262,19 @@ class RankSpace:
         following = self.next_ranks(ranks)
         return np.where(self.costs(following) <= costs, following, ranks)
 
+    @cached_property
+    def _stacked_tables(self) -> tuple[Ranks, int]:
+        """The tables without dense, each raised above the one before, as one sorted array; and the height of a step."""
+        step = max(int(t.max()) for t in self._tables) + 1
+        return np.concatenate([t[:-1] + place * step for place, t in enumerate(self._tables)]), step
+
     def _at_prices(self, costs: Floats) -> Ranks:
-        affordable = [np.searchsorted(t[:-1], c, side="right") - 1 for t, c in zip(self._tables, costs, strict=True)]
-        ranks = np.clip(np.array(affordable) // self.rank_multiple * self.rank_multiple, self.low_ranks, self.top_ranks)
+        stacked, step = self._stacked_tables
+        place = np.arange(len(self.targets))
+        wanted = np.clip(costs, 0, step - 1).astype(np.int64) + place * step
+        before = np.cumsum(self.full_ranks) - self.full_ranks
+        affordable = np.searchsorted(stacked, wanted, side="right") - 1 - before
+        ranks = np.clip(affordable // self.rank_multiple * self.rank_multiple, self.low_ranks, self.top_ranks)
         return np.where(costs >= self.dense_costs, self.full_ranks, ranks)
 
     def as_dict(self, ranks: Ranks) -> dict[str, int]:

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch.search.allocate import Allocator
 from ranksearch.search.coordinates import BOUND, RANKS, Coordinates
 from ranksearch.search.draw import POINT, Draw, stable
-from ranksearch.search.gradients import GRADIENTS, MEASURED, OFF, bands, pack_gradients
+from ranksearch.search.gradients import COST, GRADIENTS, MEASURED, OFF, bands, pack_gradients
 from ranksearch.search.objective import METRICS
 from ranksearch.search.presets import PRESETS, PROBE
 from ranksearch.search.prices import as_document
@@ -209,23 +209,26 @@ class RankStudy:
         trials = self._trials()
         trial, known = trials[number], sum(GRADIENTS in each.system_attrs for each in trials)
         wanted = trial.user_attrs["origin"] in ("prior", "search") and GRADIENTS not in trial.system_attrs
-        if not wanted or known >= MEASURED:
+        if not wanted or known >= MEASURED or number + 1 >= self.planned:
             return None
-        return bands(self.space, self.space.unpack(trial.user_attrs[RANKS])).edges(self.space)
+        return bands(self.space, self.space.unpack(trial.user_attrs[RANKS])).edges(self.space) or None
 
     def go_without_gradients(self, reason: str) -> None:
         """Ask for no gradients any more, whoever goes on with the study."""
         self._storage.set_study_system_attr(self._study_id, OFF, reason[:1000])
 
-    def tell_gradients(self, number: int, gradients: Mapping[str, Sequence[float]]) -> None:
+    def tell_gradients(self, number: int, gradients: Mapping[str, Sequence[float]], *, evaluations: int = 0) -> None:
         """Record the gradients of a trial that is not finished.
 
         Args:
             number: Trial number.
             gradients: Target -> gradient of the negative log-likelihood, whatever the objective, by gates on its
                 components, nats per token, summed over `low` to `rank` of `bands` and over `rank` to `high`.
+            evaluations: As how many they count beside the trial's own.
         """
-        self._storage.set_trial_system_attr(self._trial_id(number), GRADIENTS, pack_gradients(self.space, gradients))
+        trial_id = self._trial_id(number)
+        self._storage.set_trial_system_attr(trial_id, COST, evaluations)
+        self._storage.set_trial_system_attr(trial_id, GRADIENTS, pack_gradients(self.space, gradients))
 
     def tell(
         self,
@@ -235,6 +238,7 @@ class RankStudy:
         scores: Mapping[str, float],
         seconds: float,
         worker: str,
+        evaluations: int = 1,
     ) -> None:
         """Finish a trial. Telling a finished trial again changes nothing.
 
@@ -245,21 +249,22 @@ class RankStudy:
             scores: All scores by name.
             seconds: Duration of the evaluation, s.
             worker: Who evaluated it.
+            evaluations: What that took; none where the scores were known.
         """
         values = np.atleast_1d(score).tolist()
         if not all(map(math.isfinite, values)):
-            self.tell_failed(number, f"The score is {', '.join(map(str, values))}.")
+            self.tell_failed(number, f"The score is {', '.join(map(str, values))}.", seconds=seconds, worker=worker)
             return
-        result = {"scores": dict(scores), "seconds": round(seconds, 3), "worker": worker}
+        result = {"scores": dict(scores), "seconds": round(seconds, 3), "worker": worker, "evaluations": evaluations}
         self._finish(number, TrialState.COMPLETE, result, values)
 
     def tell_pruned(self, number: int, *, seconds: float | None = None, worker: str | None = None) -> None:
         """Finish a trial that `report` said to stop."""
         self._finish(number, TrialState.PRUNED, {"seconds": seconds, "worker": worker})
 
-    def tell_failed(self, number: int, reason: str) -> None:
+    def tell_failed(self, number: int, reason: str, *, seconds: float | None = None, worker: str | None = None) -> None:
         """Finish a trial that has no score. Its vector is not proposed again."""
-        self._finish(number, TrialState.FAIL, {"error": reason[:1000]})
+        self._finish(number, TrialState.FAIL, {"error": reason[:1000], "seconds": seconds, "worker": worker})
 
     def report(self, number: int, step: int, losses: Sequence[float]) -> bool:
         """Record the losses of one chunk of the evaluation set.
@@ -272,14 +277,14 @@ class RankStudy:
 
         Returns:
             Whether to stop: the trial is worse than the best one over the sequences both have (`is_worse`). Only
-            vectors of a search are stopped.
+            vectors of a search are stopped, and only where its sampler can do with that.
         """
         trial = self._storage.get_trial(self._trial_id(number))
         if trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, step, float(np.mean(losses)))
         origin = trial.user_attrs.get("origin")
-        if self.spec.pruner == "none" or origin == PROBE:
+        if self.spec.pruner == "none" or origin == PROBE or not self.proposer.stops_trials:
             return False
         known = self._losses.get(number, []) if step else []
         self._losses[number] = [*known, *losses]

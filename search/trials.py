@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.search.coordinates import RANKS
+from ranksearch.search.gradients import COST
 from ranksearch.search.objective import METRICS, score_of
 from ranksearch.search.presets import PROBE
 from ranksearch.search.prices import from_document
@@ -38,7 +39,7 @@ def trials_of(storage: BaseStorage | str, job_id: str, kept: float) -> list[dict
     Returns:
         Rows with `number`, `state` (Optuna's: RUNNING, COMPLETE, PRUNED, FAIL), `origin`, `kept` (exact), `score` (one
         number, see `score_of`), `scores`, `intermediate` (step -> value), `ranks` (packed: see `space_of`), `seconds`,
-        `worker`, `error`; empty when there is no such study yet.
+        `worker`, `error`, `evaluations` (that it counts as, gradients included); empty when there is no such study yet.
     """
     storage = optuna.storages.get_storage(storage)
     try:
@@ -150,6 +151,7 @@ def row(trial: FrozenTrial, dense_score: float) -> dict[str, Any]:
         "seconds": result.get("seconds"),
         "worker": result.get("worker"),
         "error": result.get("error"),
+        "evaluations": result.get("evaluations", 1) + trial.system_attrs.get(COST, 0),
     }
 
 

@@ -27,8 +27,8 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
-from ranksearch.search.draw import Draw, draw_seed
-from ranksearch.search.shares import MOST, Shares, log_score, sobol
+from ranksearch.search.draw import MOST, Draw, draw_seed
+from ranksearch.search.shares import Shares, log_score, sobol
 from ranksearch.search.space import RankSpace, uniform
 from ranksearch.search.threads import one_thread
 

@@ -182,7 +182,7 @@ def _figures(budget: Mapping[str, Any]) -> dict[str, Any]:
         "test_perplexity": perplexity,
         "evaluation_perplexity": final["evaluation"]["perplexity"],
         "kl": text["kl"],
-        "evaluations": sum(trial["state"] in ("COMPLETE", "PRUNED", "FAIL") for trial in budget["history"]),
+        "evaluations": sum(_evaluations(trial) for trial in budget["history"]),
         "seconds": budget["seconds"]["search"],
         "total_seconds": round(sum(budget["seconds"].values()), 3),
         "kept_exact": budget["kept_exact"],
@@ -193,11 +193,14 @@ def _figures(budget: Mapping[str, Any]) -> dict[str, Any]:
 
 def best_so_far(budget: Mapping[str, Any]) -> list[float]:
     """The best score after each evaluation, not a number before the first; probes count and are never best."""
-    best, scores = math.nan, []
+    best, scores = math.nan, list[float]()
     for trial in budget["history"]:
-        if trial["state"] not in ("COMPLETE", "PRUNED", "FAIL"):
-            continue
         if may_be_best(trial["state"], trial["origin"]):
             best = trial["score"] if math.isnan(best) else min(best, trial["score"])
-        scores.append(best)
+        scores += [best] * _evaluations(trial)
     return scores
+
+
+def _evaluations(trial: Mapping[str, Any]) -> int:
+    """As how many a trial counts; reports of older versions do not say."""
+    return int(trial.get("evaluations", 1)) if trial["state"] in ("COMPLETE", "PRUNED", "FAIL") else 0

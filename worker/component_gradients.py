@@ -10,6 +10,7 @@ runs tells it for all components of all targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,16 @@ def gradient_text(calibration: Tensor, evaluated: int) -> Tensor:
         evaluated: Predicted tokens of the evaluation, which are matched where `GRADIENT_TOKENS` are fewer.
     """
     return calibration[: -(-max(evaluated, GRADIENT_TOKENS) // calibration.shape[1])]
+
+
+def evaluations_of(text: Tensor, evaluated: int) -> int:
+    """As how many evaluations gradients on a text count: a pass and its backward pass take up to three times a pass.
+
+    Args:
+        text: Token ids, `sequences x length`.
+        evaluated: Predicted tokens of an evaluation.
+    """
+    return math.ceil(3 * text[:, 1:].numel() / evaluated)
 
 
 def _plan(prefix: PrefixModel, blocks: Tensor, *, blockwise: bool) -> list[Section]:

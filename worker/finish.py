@@ -19,7 +19,7 @@ from ranksearch.worker.running_job import RunningJob
 from ranksearch.worker.stages import Facts, Ground
 
 _REPORT: Final = "ranksearch.json"
-_HISTORY: Final = ("number", "state", "origin", "score", "kept", "seconds", "worker")
+_HISTORY: Final = ("number", "state", "origin", "score", "kept", "seconds", "worker", "evaluations")
 
 
 def finish(

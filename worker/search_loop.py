@@ -113,7 +113,8 @@ class _Search:
                 if scores is not None:
                     self._measure(proposal)
             except NumericalError as error:
-                study.tell_failed(proposal.number, error.message)
+                seconds = time.monotonic() - begun
+                study.tell_failed(proposal.number, error.message, seconds=seconds, worker=run.worker.identity)
             else:
                 self._tell(proposal, scores, time.monotonic() - begun)
             self._seconds.append(time.monotonic() - begun)
@@ -163,7 +164,7 @@ class _Search:
             told += error.message
             self._run.tell("warning", message=told)
             return
-        self._study.tell_gradients(proposal.number, found)
+        self._study.tell_gradients(proposal.number, found["gradients"], evaluations=found["evaluations"])
 
     def _tell(self, proposal: Proposal, scores: Mapping[str, float] | None, seconds: float) -> None:
         worker = self._run.worker.identity
@@ -171,7 +172,10 @@ class _Search:
             self._study.tell_pruned(proposal.number, seconds=seconds, worker=worker)
             return
         score = [scores[name] for name in METRICS[self._spec.objective]]
-        self._study.tell(proposal.number, score=score, scores=scores, seconds=seconds, worker=worker)
+        evaluations = 1 if proposal.scores is None else 0
+        self._study.tell(
+            proposal.number, score=score, scores=scores, seconds=seconds, worker=worker, evaluations=evaluations
+        )
 
     def _announce_missed(self) -> None:
         """Tell of trials that a worker finished and then died before it said so."""

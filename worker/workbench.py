@@ -23,7 +23,7 @@ from ranksearch.worker.ahead import Ahead
 from ranksearch.worker.bank import FactorBank
 from ranksearch.worker.blocks import load_blocks, save_blocks
 from ranksearch.worker.calibrate import Calibration, calibrate
-from ranksearch.worker.component_gradients import component_gradients, gradient_text
+from ranksearch.worker.component_gradients import component_gradients, evaluations_of, gradient_text
 from ranksearch.worker.curves import measure_curves
 from ranksearch.worker.hardware import device_facts, settle
 from ranksearch.worker.loaded import Loaded, spec_of
@@ -219,12 +219,14 @@ class Workbench:
         """Gradients of bands of components at a rank vector, on calibration blocks; see `component_gradients`.
 
         Returns:
-            Target -> one number per band.
+            `gradients`, target -> one number per band, and as how many `evaluations` they count.
         """
         scorer = self.loaded.scorer(job)
-        text = gradient_text(load_blocks(job["blocks"])["calibration"], scorer.evaluation.dense.tokens)
+        evaluated = scorer.evaluation.dense.tokens
+        text = gradient_text(load_blocks(job["blocks"])["calibration"], evaluated)
         scorer.prefix.set_ranks(ranks)
-        return component_gradients(scorer.prefix, edges, text, scratch=job["cache_dir"])
+        found = component_gradients(scorer.prefix, edges, text, scratch=job["cache_dir"])
+        return {"gradients": found, "evaluations": evaluations_of(text, evaluated)}
 
     def refine(
         self, job: Mapping[str, Any], ranks: Mapping[str, int], kept: float, output: str, *, progress: Progress

@@ -32,6 +32,7 @@ class TrialAnswer(BaseModel):
     seconds: float | None
     worker: str | None
     error: str | None
+    evaluations: int = Field(description="As how many it counts: three and more where gradients were measured too.")
 
 
 class ReportMissing(NotFound):

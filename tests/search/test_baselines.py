@@ -16,7 +16,7 @@ from ranksearch.search.bolaco import Bolaco
 from ranksearch.search.coordinates import RANKS
 from ranksearch.search.draw import POINT
 from ranksearch.search.errors import ImpossibleBudget
-from ranksearch.search.evolution import LEVEL
+from ranksearch.search.evolution import LEVEL, Evolution
 from ranksearch.search.presets import PRESETS
 from ranksearch.search.shares import Shares, log_score, project
 from ranksearch.search.space import RankSpace, uniform
@@ -194,6 +194,24 @@ def botorch_trials(sampler: BoTorch, space: RankSpace, count: int) -> list[optun
         ranks = sampler.propose(study.trials, number).ranks if number else uniform(space, KEPT)
         study.add_trial(create_trial(value=score(space, ranks), user_attrs={RANKS: space.pack(ranks)}))
     return study.trials
+
+
+def test_scores_are_ordered_whatever_the_objective() -> None:
+    values = (-1e-3, 0.0, 1e-3, 0.5, 1.0, 1.1, 40.0)
+    scores = [log_score(create_trial(state=TrialState.COMPLETE, value=value)) for value in values]
+    assert scores == sorted(set(scores))
+    assert scores[-1] == math.log(40.0)
+    assert scores[1] - scores[0] == pytest.approx(1e-3)
+    assert math.isinf(log_score(create_trial(state=TrialState.FAIL)))
+
+
+@pytest.mark.parametrize("kept", [0.811845975062573, 1.0])
+def test_a_level_switch_uses_the_budget_exactly_where_nobody_can_take_the_level(kept: float) -> None:
+    targets = tuple(target(f"t{i}", m, n) for i, (m, n) in enumerate(((1, 300), (40, 8), (1, 40))))
+    space = RankSpace(targets=targets, rank_multiple=2)
+    for seed in range(20):
+        ranks = Evolution(space, kept, seed).propose([], seed).ranks
+        assert space.is_exact(ranks, kept)
 
 
 def test_botorch_maximizes_the_expected_improvement_on_the_budget() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import optuna
 import pytest
@@ -43,6 +45,36 @@ def step(study: RankStudy, made: Problem, *, measure: bool = True) -> bool | Non
 def gain(study: RankStudy, made: Problem) -> float:
     assert study.best is not None
     return made.gain(made.score(study.best.ranks), KEPT)
+
+
+def test_gradients_count_as_evaluations_and_are_not_measured_where_nothing_follows() -> None:
+    made = problem(0)
+    study = open_study(made, optuna.storages.InMemoryStorage(), trials=3)
+    for evaluations, asked in ((5, True), (0, False), (0, False)):  # prior, uniform, and the last trial
+        proposal = study.ask()
+        assert proposal is not None
+        assert (study.bands(proposal.number) is not None) is asked
+        if asked:
+            study.tell_gradients(proposal.number, made.gradients(proposal.ranks), evaluations=evaluations)
+        study.tell(proposal.number, score=made.score(proposal.ranks), scores={}, seconds=0, worker="w")
+    assert [row["evaluations"] for row in study.history()] == [6, 1, 1]
+
+
+def test_no_gradients_are_measured_of_a_model_without_a_choice() -> None:
+    made = problem(0)
+    fixed = replace(made, space=replace(made.space, keep_dense=("*",)))
+    study = RankStudy(
+        storage=optuna.storages.InMemoryStorage(),
+        job_id="job",
+        kept=1.0,
+        space=fixed.space,
+        spectra=made.spectra,
+        spec=Search(trials=9),
+        dense_score=DENSE,
+    )
+    proposal = study.ask()
+    assert proposal is not None
+    assert study.bands(proposal.number) is None
 
 
 @pytest.mark.parametrize("form", ["factored", "pivoted"])

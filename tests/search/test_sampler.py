@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -194,6 +195,22 @@ def test_it_is_an_optuna_sampler_like_any_other() -> None:
     study.optimize(objective, n_trials=6)
     assert len({trial.user_attrs[RANKS] for trial in study.trials}) == 6
     assert study.best_value < study.trials[0].value * 1.01  # type: ignore[operator]
+
+
+def test_as_an_optuna_sampler_it_takes_two_objectives_as_their_sum() -> None:
+    made = problem(0)
+    study = optuna.create_study(sampler=sampler_of(made, objective="both"), directions=["minimize"] * 2)
+    coordinates = Coordinates(made.space.targets)
+
+    def objectives(trial: optuna.Trial) -> tuple[float, float]:
+        for name in coordinates.names:
+            trial.suggest_float(name, -BOUND, BOUND)
+        packed = study.get_trials(deepcopy=False)[trial.number].user_attrs[RANKS]
+        score = made.score(made.space.unpack(packed))
+        return score, math.log(score / DENSE)
+
+    study.optimize(objectives, n_trials=5)
+    assert len({trial.user_attrs[RANKS] for trial in study.trials}) == 5
 
 
 def test_a_proposal_at_224_targets_and_300_trials_is_quick() -> None:

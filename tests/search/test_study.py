@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import optuna
@@ -119,13 +120,14 @@ def test_rows_carry_what_the_api_shows(open_storage: Callable[[], optuna.storage
         study.report(proposal.number, 0, [2.0, 3.0])
         if proposal.number < 2:
             tell(study, proposal.number, proposal.ranks)
-    study.tell_failed(2, "out of memory")
+    study.tell_failed(2, "out of memory", seconds=3.0, worker="host:cpu")
     rows = trials_of(open_storage(), "job_a", 0.4)
     assert json.loads(json.dumps(rows)) == rows
     assert [row["state"] for row in rows] == ["COMPLETE", "COMPLETE", "FAIL"]
     assert rows[0]["score"] == rows[0]["scores"]["perplexity"] == score(SPACE.unpack(rows[0]["ranks"]))
     assert (rows[0]["seconds"], rows[0]["worker"], rows[0]["intermediate"]) == (0.5, "host:cpu", {"0": 2.5})
-    assert rows[2]["error"] == "out of memory"
+    assert (rows[2]["error"], rows[2]["seconds"], rows[2]["worker"]) == ("out of memory", 3.0, "host:cpu")
+    assert [row["evaluations"] for row in rows] == [1, 1, 1]
     assert rows[2]["score"] is None
     assert all(row["kept"] <= 0.4 for row in rows)
     assert space_of(open_storage(), "job_a", 0.4) == SPACE
@@ -186,6 +188,21 @@ def test_clearly_worse_trials_are_pruned_but_never_the_first_two() -> None:
     assert not any(study.report(better.number, s, 3 + texts[s] + noise[s] + 0.5) for s in range(8))
     assert study.history()[2]["state"] == "PRUNED"
     assert study.history()[2]["score"] is None
+
+
+@pytest.mark.parametrize("sampler", get_args(Search.model_fields["sampler"].annotation))
+def test_a_sampler_that_models_scores_gets_the_score_of_every_trial(sampler: str) -> None:
+    study = open_study(optuna.storages.InMemoryStorage(), pruner="wilcoxon", trials=3, sampler=sampler)
+    rng = np.random.default_rng(0)
+    for offset in (1.0, 1.5):
+        proposal = study.ask()
+        assert proposal is not None
+        assert not any(study.report(proposal.number, s, rng.normal(3 + offset, 0.1, 8)) for s in range(8))
+        study.tell(proposal.number, score=float(np.exp(3 + offset)), scores={}, seconds=1, worker="w")
+    worse = study.ask()
+    assert worse is not None
+    stopped = any(study.report(worse.number, s, rng.normal(6, 0.1, 8)) for s in range(8))
+    assert stopped == (sampler in ("ranksearch", "random", "tpe", "evolutionary", "swaps"))
 
 
 def test_a_study_is_small_and_speaks_for_itself(open_storage: Callable[[], optuna.storages.BaseStorage]) -> None:

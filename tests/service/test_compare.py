@@ -262,6 +262,12 @@ def test_probes_are_evaluations_but_never_the_best() -> None:
     assert all(map(math.isnan, scores[:2]))
     assert scores[2:] == [9.0, 9.0, 9.0, 8.0]
 
+    # one with gradients counts as several, one whose scores were known as none
+    counted = [{**trial, "evaluations": count} for trial, count in zip(history, (0, 1, 4, 1, 1, 1), strict=True)]
+    scores = best_so_far({"history": counted})
+    assert math.isnan(scores[0])
+    assert scores[1:] == [9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 8.0]
+
 
 def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(file: Path, jobs: Jobs, url: str) -> None:
     command = [sys.executable, "-m", "ranksearch.service.cli", "compare", str(file), "--methods", "ranksearch"]

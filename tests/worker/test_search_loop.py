@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ranksearch.search.spec import JobSpec
-from ranksearch.service.store.database import open_database
+from ranksearch.search.trials import trials_of
+from ranksearch.service.store.database import open_database, optuna_storage
 from ranksearch.service.store.settings import Settings
 from ranksearch.worker import stages, workbench
 from ranksearch.worker.known_errors import as_known_error
@@ -88,7 +89,11 @@ def test_a_search_goes_by_gradients_and_without_them_by_scores_alone(
     run, ground = until_search(worker, spec)
     run.enter("search", 0.6)
     search(run, ground, 0.6)
-    assert device.asked.count("gradients") == 3  # not at uniform
+    assert device.asked.count("gradients") == 2  # not at uniform, and not at the last
+    rows = trials_of(optuna_storage(worker.settings), run.id, 0.6)
+    counted = [row["evaluations"] for row in rows]
+    assert counted == [counted[0], 1, counted[0], 1]
+    assert counted[0] > 3  # the evaluation is shorter than the text of the gradients
 
     def no_memory(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("not enough memory")
