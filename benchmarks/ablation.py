@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,19 @@ class Ground:
     def factor(self, calibration: Calibration, metric: str = "two_sided", **options: Any) -> FactorBank:
         return build_bank(self.model, self.targets, calibration, metric=metric, full=True, **options)
 
-    def refine(self, ranks: Ranks, form: str, kept: float, **method: Any) -> Refined:
+    def refine(self, ranks: Ranks, form: str, kept: float, *, metric: str = "two_sided", **method: Any) -> Refined:
+        # metric `feature` knows no gradients
+        calibration = self.calibration if metric == "two_sided" else replace(self.calibration, gradients={})
         spec = JobSpec.model_validate(
-            {"model": {"source": "-"}, "budget": {"kept": [kept]}, "method": {"form": form, **method}}
+            {"model": {"source": "-"}, "budget": {"kept": [kept]}, "method": {"form": form, "metric": metric, **method}}
         )
         with tempfile.TemporaryDirectory() as folder:
             refinement = Refinement(
                 self.model,
-                lambda: self.bank("two_sided"),
+                lambda: self.bank(metric),
                 self.spaces[form],
                 self.blocks,
-                self.calibration,
+                calibration,
                 spec=spec,
                 kept=kept,
                 state=Path(folder) / "state",
@@ -210,9 +213,18 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
 
         return run
 
+    @contextmanager
+    def updated(kept: float) -> Iterator[int]:
+        space = ground.spaces["factored"]
+        done = ground.refine(uniform(space, kept), "factored", kept, metric="feature", refine=["sequential"])
+        with PrefixModel(ground.model, ground.bank("feature"), ground.targets) as prefix:
+            prefix.set_pairs(done.pairs)
+            yield space.cost(space.from_dict(dict(done.ranks)))
+
     return {
         "weight, uniform": vector("weight", "uniform"),
         "feature, uniform (SVD-LLM)": vector("feature", "uniform"),
+        "  SVD-LLM + sequential": updated,
         "Bolaco: centred features, bias, 50 trials": centred("centred", lambda p, bank, kept: bolaco(ground, p, kept)),
         "two-sided, uniform": vector("two_sided", "uniform"),
         "two-sided, prior": vector("two_sided", "prior"),
