@@ -269,11 +269,11 @@ def main() -> None:
             for sampler in args.samplers.split(","):
                 for seed in seeds:
                     runs.append(run(problem_of(seed), sampler, seed, args.trials))
-                print(f"{kept:g} {sampler}: {runs[-1]['figures'][-1]:.4f}", file=sys.stderr, flush=True)
-                if args.json:
-                    facts = {key: str(value) for key, value in vars(args).items()}
-                    document = {"arguments": facts, "problems": [*found, {"kept": kept, "runs": runs}]}
-                    args.json.write_text(json.dumps(document, indent=1))
+                    print(f"{kept:g} {sampler} {seed}: {runs[-1]['figures'][-1]:.4f}", file=sys.stderr, flush=True)
+                    if args.json:
+                        facts = {key: str(value) for key, value in vars(args).items()}
+                        document = {"arguments": facts, "problems": [*found, {"kept": kept, "runs": runs}]}
+                        args.json.write_text(json.dumps(document, indent=1))
             found.append({"kept": kept, "runs": runs})
             show(problem_of(seeds[0]), runs, args.trials)
             show_race(runs)
