@@ -157,11 +157,14 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
             memory[key] = make()
         return memory[key]
 
+    def allocated(space: RankSpace, bank: FactorBank, allocation: str, kept: float) -> Ranks:
+        return uniform(space, kept) if allocation == "uniform" else Allocator(space, bank.spectra).prior(kept)
+
     def vector(metric: str, allocation: str, form: str = "factored", bank: FactorBank | None = None) -> Any:
         @contextmanager
         def run(kept: float) -> Iterator[int]:
             space, factors = ground.spaces[form], bank or ground.bank(metric)
-            ranks = uniform(space, kept) if allocation == "uniform" else Allocator(space, factors.spectra).prior(kept)
+            ranks = allocated(space, factors, allocation, kept)
             with PrefixModel(ground.model, factors, ground.targets) as prefix:
                 prefix.set_ranks(space.as_dict(ranks))
                 yield space.cost(ranks)
@@ -200,31 +203,27 @@ def rows(ground: Ground) -> dict[str, Callable[[float], AbstractContextManager[i
         space = ground.spaces["factored"]
         return Allocator(space, bank.spectra).prior(kept - ground.biases / space.parameters)
 
-    def refined(form: str, *, searched: bool = False, **method: Any) -> Any:
+    def refined(
+        form: str, metric: str = "two_sided", allocation: str = "prior", *, searched: bool = False, **method: Any
+    ) -> Any:
         @contextmanager
         def run(kept: float) -> Iterator[int]:
-            space = ground.spaces[form]
-            prior = Allocator(space, ground.bank("two_sided").spectra).prior(kept)
-            ranks = once((form, kept), lambda: ground.search(form, kept)) if searched else prior
-            done = ground.refine(ranks, form, kept, **method)
-            with PrefixModel(ground.model, ground.bank("two_sided"), ground.targets) as prefix:
+            space, bank = ground.spaces[form], ground.bank(metric)
+            if searched:
+                ranks = once((form, kept), lambda: ground.search(form, kept))
+            else:
+                ranks = allocated(space, bank, allocation, kept)
+            done = ground.refine(ranks, form, kept, metric=metric, **method)
+            with PrefixModel(ground.model, bank, ground.targets) as prefix:
                 prefix.set_pairs(done.pairs)
                 yield space.cost(space.from_dict(dict(done.ranks)))
 
         return run
 
-    @contextmanager
-    def updated(kept: float) -> Iterator[int]:
-        space = ground.spaces["factored"]
-        done = ground.refine(uniform(space, kept), "factored", kept, metric="feature", refine=["sequential"])
-        with PrefixModel(ground.model, ground.bank("feature"), ground.targets) as prefix:
-            prefix.set_pairs(done.pairs)
-            yield space.cost(space.from_dict(dict(done.ranks)))
-
     return {
         "weight, uniform": vector("weight", "uniform"),
         "feature, uniform (SVD-LLM)": vector("feature", "uniform"),
-        "  SVD-LLM + sequential": updated,
+        "  SVD-LLM + sequential": refined("factored", "feature", "uniform", refine=["sequential"]),
         "Bolaco: centred features, bias, 50 trials": centred("centred", lambda p, bank, kept: bolaco(ground, p, kept)),
         "two-sided, uniform": vector("two_sided", "uniform"),
         "two-sided, prior": vector("two_sided", "prior"),
